@@ -1,0 +1,5 @@
+"""Curation-Bench: an agent curates training data, as a Gymnasium environment. Importing registers the ids."""
+
+from curation_env.version import __version__
+
+__all__ = ["__version__"]

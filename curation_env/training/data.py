@@ -1,0 +1,220 @@
+"""From pool rows to packed micro-batches: chat text, token spans, truncation, images, packing by tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from curation_env.errors import MissingAssets, UnsupervisedRow
+from curation_env.pool import Pool
+from curation_env.training.recipe import Recipe
+
+BLACK = b"black"  # stands for the image of a text-only row where the recipe gives it one
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training row as tokens.
+
+    Attributes:
+        tokens: int64 of shape (length,), image tokens included.
+        supervised: bool of shape (length,): True where the token is a target.
+        image: Key of its image in the features (digest), or None.
+    """
+
+    id: str
+    tokens: np.ndarray
+    supervised: np.ndarray
+    image: bytes | None
+    image_bytes: bytes | None = field(repr=False, default=None)
+
+    @property
+    def n_supervised(self) -> int:
+        """Targets of the row: the first token has none before it, so it never counts."""
+        return int(self.supervised[1:].sum())
+
+
+class Encoder:
+    """Turns conversations into tokens and images into pixels, as the recipe says.
+
+    Args:
+        tokenizer: A fast tokenizer (character offsets are needed).
+        image_processor: The checkpoint's own image processor.
+        image_token: Id of the placeholder token in the text.
+        tokens_per_image: How many tokens an image takes.
+    """
+
+    def __init__(
+        self, tokenizer: Any, image_processor: Any, image_token: int, tokens_per_image: int, recipe: Recipe
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.image_token = image_token
+        self.tokens_per_image = tokens_per_image
+        self.recipe = recipe
+
+    @classmethod
+    def load(cls, folder: str | Path, recipe: Recipe) -> Encoder:
+        """Load tokenizer and image processor from a checkpoint folder.
+
+        Raises:
+            MissingAssets: There is no checkpoint at `folder`.
+        """
+        from transformers import AutoConfig, AutoTokenizer
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+        if not (Path(folder) / "config.json").is_file():
+            raise MissingAssets(f"no checkpoint at {folder}: there is no config.json")
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
+        vision = config.vision_config
+        n = (vision.image_size // vision.patch_size) ** 2 + (config.vision_feature_select_strategy == "full")
+        return cls(tokenizer, processor, config.image_token_index, n, recipe)
+
+    def tokenize(self, text: str, spans: Sequence[tuple[int, int]] = ()) -> tuple[np.ndarray, np.ndarray]:
+        """Return token ids (image token expanded, truncated) and which of them lie inside `spans`."""
+        found = self.tokenizer(text, return_offsets_mapping=bool(spans))
+        tokens = np.asarray(found["input_ids"], np.int64)
+        supervised = np.zeros(len(tokens), bool)
+        if spans:
+            offsets = np.asarray(found["offset_mapping"], np.int64).reshape(-1, 2)
+            for start, end in spans:
+                supervised |= (offsets[:, 0] >= start) & (offsets[:, 1] <= end) & (offsets[:, 1] > offsets[:, 0])
+        repeats = np.where(tokens == self.image_token, self.tokens_per_image, 1)
+        limit = self.recipe.max_length
+        return np.repeat(tokens, repeats)[:limit], np.repeat(supervised, repeats)[:limit]
+
+    def encode_row(self, row: dict[str, Any]) -> Row:
+        """Encode one pool row: `id`, `image` ({"bytes", ..} or None), `conversation`."""
+        data = row["image"]["bytes"] if row["image"] is not None else None
+        black = data is None and self.recipe.text_only_image == "black"
+        turns = [(turn["user"], turn["assistant"]) for turn in row["conversation"]]
+        text, spans = self.recipe.chat.render(turns, image=data is not None or black)
+        tokens, supervised = self.tokenize(text, spans)
+        key = BLACK if black else image_key(data)
+        return Row(row["id"], tokens, supervised, key, data)
+
+    def encode(self, rows: Iterable[dict[str, Any]]) -> list[Row]:
+        """Encode rows, repeats once.
+
+        Raises:
+            UnsupervisedRow: A row has no target left after truncation: it would train on nothing, silently.
+        """
+        encoded: list[Row] = []
+        for raw in rows:
+            repeat = bool(encoded) and encoded[-1].id == raw["id"]
+            encoded.append(encoded[-1] if repeat else self.encode_row(raw))
+        empty = list(dict.fromkeys(row.id for row in encoded if row.n_supervised == 0))
+        if empty:
+            raise UnsupervisedRow(
+                f"{len(empty)} rows have no supervised token within {self.recipe.max_length} tokens, "
+                f"the first is {empty[0]}",
+                details="\n".join(empty),
+            )
+        return encoded
+
+    def pixels(self, images: Sequence[bytes | None]) -> torch.Tensor:
+        """Decode images (None: black) into the tower's input, float32 of shape (n, 3, height, width)."""
+        opened = [self._open(data) for data in images]
+        return self.image_processor(opened, return_tensors="pt")["pixel_values"]
+
+    def _open(self, data: bytes | None) -> Image.Image:
+        if data is None:
+            size = self.image_processor.crop_size
+            return Image.new("RGB", (size["width"], size["height"]))
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        if self.recipe.image_pad == "mean" and image.width != image.height:
+            side = max(image.size)
+            colour = tuple(int(255 * value) for value in self.image_processor.image_mean)
+            square = Image.new("RGB", (side, side), colour)
+            square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+            return square
+        return image
+
+
+def image_key(data: bytes | None) -> bytes | None:
+    """Content address of an image within a run."""
+    return hashlib.blake2b(data, digest_size=16).digest() if data is not None else None
+
+
+def read_rows(
+    pool: Pool, ids: Sequence[str], rewrites: dict[str, list[dict[str, str]]]
+) -> Iterator[dict[str, Any]]:
+    """Read the rows `ids` of a pool, with rewritten conversations in place of the pool's."""
+    for id_ in ids:
+        row = pool.row(pool.position[id_])
+        yield row | {"conversation": rewrites[id_]} if id_ in rewrites else row
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Rows laid end to end: T tokens of R rows, S targets, all int64.
+
+    Attributes:
+        tokens, positions: Shape (T,); positions restart at every row.
+        slots: Shape (T,): where a token lies in the (R, longest) rectangle, flattened.
+        shape: (R, longest).
+        image_slots: Indices of the image tokens in (T,).
+        images: Keys of the images, in the order of their slots.
+        sources, targets: Shape (S,): index of the token that predicts, and the token to predict.
+        owners: Shape (S,): the row that each target belongs to.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    shape: tuple[int, int]
+    image_slots: torch.Tensor
+    images: list[bytes]
+    sources: torch.Tensor
+    targets: torch.Tensor
+    owners: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], image_token: int) -> Packed:
+        lengths = [len(row.tokens) for row in rows]
+        longest = max(lengths)
+        tokens = np.concatenate([row.tokens for row in rows])
+        positions = np.concatenate([np.arange(n) for n in lengths])
+        owner = np.repeat(np.arange(len(rows)), lengths)
+        is_target = np.concatenate([row.supervised for row in rows]) & (positions > 0)
+        target_at = np.flatnonzero(is_target)
+        as_tensor = torch.from_numpy
+        return cls(
+            tokens=as_tensor(tokens),
+            positions=as_tensor(positions),
+            slots=as_tensor(owner * longest + positions),
+            shape=(len(rows), longest),
+            image_slots=as_tensor(np.flatnonzero(tokens == image_token)),
+            images=[row.image for row in rows if row.image is not None],
+            sources=as_tensor(target_at - 1),
+            targets=as_tensor(tokens[target_at]),
+            owners=as_tensor(owner[target_at]),
+        )
+
+    def to(self, device: torch.device) -> Packed:
+        """The same on another device."""
+        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return replace(self, **moved) if device.type != "cpu" else self
+
+
+def micro_batches(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:
+    """Cut rows, in order, into runs of at most `max_tokens` tokens (a longer row stands alone)."""
+    batches: list[list[Row]] = []
+    used = max_tokens + 1
+    for row in rows:
+        used += len(row.tokens)
+        if used > max_tokens:
+            batches.append([])
+            used = len(row.tokens)
+        batches[-1].append(row)
+    return batches

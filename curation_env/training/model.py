@@ -1,0 +1,153 @@
+"""The student: a `LlavaForConditionalGeneration` that trains on packed rows over cached image features."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from curation_env.errors import MissingAssets
+from curation_env.training.data import BLACK, Encoder, Packed, Row
+from curation_env.training.recipe import Recipe
+
+Features = dict[bytes, torch.Tensor]
+IMAGES_PER_BATCH = 64
+
+
+def resolve_device(device: str, local_rank: int = 0) -> torch.device:
+    """Turn "cpu", "cuda" or "auto" (a GPU if there is one) into a device."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        # fp32 is part of the recipe: TF32 products would be another precision.
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+        return torch.device("cuda", local_rank)
+    return torch.device(device)
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    layout: Packed,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each packed row: (1, heads, T, width) in, (1, T, heads, width) out.
+
+    Only here are the rows a padded rectangle: padding lies to the right of every row, so a causal mask alone keeps it
+    out, and no other layer computes on padding.
+    """
+    rows, longest = layout.shape
+
+    def rectangle(packed: torch.Tensor) -> torch.Tensor:
+        flat = packed[0].transpose(0, 1)
+        padded = flat.new_zeros((rows * longest, *flat.shape[1:])).index_copy(0, layout.slots, flat)
+        return padded.view(rows, longest, *flat.shape[1:]).transpose(1, 2)
+
+    mixed = F.scaled_dot_product_attention(
+        rectangle(query),
+        rectangle(key),
+        rectangle(value),
+        is_causal=True,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    flat = mixed.transpose(1, 2).reshape(rows * longest, *mixed.shape[1::2])
+    return flat.index_select(0, layout.slots)[None], None
+
+
+class Student:
+    """A model on its device, with what training, generation and signals ask of it."""
+
+    def __init__(self, model: Any, device: torch.device) -> None:
+        self.model = model
+        self.device = device
+
+    @classmethod
+    def load(cls, folder: str | Path, recipe: Recipe, device: torch.device) -> Student:
+        """Load a checkpoint in the recipe's precision and freeze what the recipe freezes.
+
+        Raises:
+            MissingAssets: There is no checkpoint at `folder`.
+        """
+        from transformers import AttentionInterface, LlavaForConditionalGeneration
+
+        if not (Path(folder) / "config.json").is_file():
+            raise MissingAssets(f"no checkpoint at {folder}: there is no config.json")
+        AttentionInterface.register("packed", packed_attention)
+        model = LlavaForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, attn_implementation="sdpa"
+        )
+        model.set_attn_implementation({"text_config": "packed"})
+        model.to(device)
+        model.eval()  # the students have no dropout: eval and train modes are the same function
+        for name, parameter in model.named_parameters():
+            if any(name.startswith(prefix) for prefix in recipe.freeze):
+                parameter.requires_grad_(False)
+        return cls(model, device)
+
+    def image_features(
+        self, encoder: Encoder, rows: Sequence[Row], on_progress: Callable[[int, int], None] | None = None
+    ) -> Features:
+        """Return what the frozen tower says of every distinct image: (tokens, width) by image key.
+
+        The order of the batches depends on the set of images alone, so the result does too.
+        """
+        images = {row.image: row.image_bytes for row in rows if row.image is not None}
+        keys = sorted(images)
+        features: Features = {}
+        config = self.model.config
+        for start in range(0, len(keys), IMAGES_PER_BATCH):
+            chunk = keys[start : start + IMAGES_PER_BATCH]
+            pixels = encoder.pixels([None if key == BLACK else images[key] for key in chunk]).to(self.device)
+            with torch.inference_mode():
+                states = self.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+                chosen = states[config.vision_feature_layer]
+                if config.vision_feature_select_strategy == "default":
+                    chosen = chosen[:, 1:]
+            features.update(zip(chunk, chosen.clone(), strict=True))
+            if on_progress:
+                on_progress(start + len(chunk), len(keys))
+        return features
+
+    def embed(self, tokens: torch.Tensor, image_slots: torch.Tensor, images: torch.Tensor | None) -> torch.Tensor:
+        """Return embeddings of a flat run of tokens, (T, width), with the projected images in their slots."""
+        embedded = self.model.get_input_embeddings()(tokens)
+        if images is None:
+            return embedded
+        projected = self.model.model.multi_modal_projector(images)
+        return embedded.index_copy(0, image_slots, projected.flatten(0, 1))
+
+    def token_losses(self, rows: Sequence[Row], features: Features) -> torch.Tensor:
+        """Return the cross-entropy of every supervised token of `rows`, packed: shape (S,), row after row."""
+        packed = Packed.of(rows, self.model.config.image_token_index).to(self.device)
+        images = torch.stack([features[key] for key in packed.images]) if packed.images else None
+        embedded = self.embed(packed.tokens, packed.image_slots, images)
+        hidden = self.model.model.language_model(
+            inputs_embeds=embedded[None], position_ids=packed.positions[None], use_cache=False, layout=packed
+        ).last_hidden_state[0]
+        logits = self.model.lm_head(hidden.index_select(0, packed.sources))
+        return F.cross_entropy(logits.float(), packed.targets, reduction="none")
+
+    def save(self, folder: Path, init: str | Path) -> None:
+        """Write a checkpoint folder that `from_pretrained` loads, whole or not at all."""
+        scratch = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+        shutil.rmtree(scratch, ignore_errors=True)
+        self.model.save_pretrained(scratch)
+        for file in sorted(Path(init).iterdir()):
+            if file.is_file() and not (scratch / file.name).exists() and not file.name.endswith(
+                (".safetensors", ".bin", "SHA256SUMS")
+            ):
+                shutil.copy(file, scratch / file.name)
+        shutil.rmtree(folder, ignore_errors=True)
+        scratch.rename(folder)

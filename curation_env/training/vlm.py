@@ -1,0 +1,146 @@
+"""The one fixed trainer of vision-language students: settings, data, model, optimizer, loop, top to bottom.
+
+The optimizer step is `examples_per_step` rows, however they are packed and however many processes share them: the loss
+of a step is the token mean over its whole window. On a CPU the same rows, recipe and seed give the same weights bit for
+bit. `python -m curation_env.worker` runs it; nothing here reads anything that an agent can write.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from curation_env.errors import NonFiniteLoss
+from curation_env.pool import Pool
+from curation_env.training import engine as engines
+from curation_env.training.data import Encoder, Packed, Row, micro_batches, read_rows
+from curation_env.training.model import Student, resolve_device
+from curation_env.training.recipe import Recipe
+
+log = logging.getLogger(__name__)
+Progress = Callable[[dict[str, Any]], None]
+
+
+def train(
+    *,
+    init: str | Path,
+    recipe: Recipe,
+    pool: str | Path,
+    ids: Sequence[str],
+    seed: int,
+    out: str | Path,
+    rewrites: dict[str, list[dict[str, str]]] | None = None,
+    device: str = "auto",
+    on_progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Fine-tune `init` on the rows `ids` of a pool and write a checkpoint.
+
+    Args:
+        init: Folder of the starting checkpoint with its tokenizer and image processor.
+        ids: Row ids with repeats; their order does not matter.
+        seed: One of the recipe's seeds: it draws the order of the rows, nothing else.
+        out: Folder for `checkpoint/` and `training.jsonl` (step, loss, lr, tokens; no times).
+        rewrites: Conversations that replace those of the pool, by row id.
+
+    Returns:
+        `checkpoint` (folder), `steps`, `supervised_tokens` (of one epoch), `final_loss`, `seconds` by part.
+
+    Raises:
+        MissingAssets: The init or the pool is not there.
+        UnsupervisedRow: A row has no supervised token after truncation.
+        NonFiniteLoss: The loss became NaN or infinite; no checkpoint is written.
+    """
+    clock = time.perf_counter
+    started, seconds = clock(), {}
+    report = on_progress or (lambda event: None)
+    rank, world = engines.rank_and_world()
+
+    # Settings. The order of a submission is not part of it: everything works on the sorted multiset of ids.
+    place = resolve_device(device, rank)
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(place.type == "cpu")
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    total = recipe.total_steps(len(ids))
+
+    # Data.
+    encoder = Encoder.load(init, recipe)
+    rows = encoder.encode(read_rows(Pool.open(pool), sorted(ids), rewrites or {}))
+    supervised = sum(row.n_supervised for row in rows)
+    seconds["data"] = clock() - started
+
+    # Model. The frozen tower sees every distinct image once, in an order that the seed does not move.
+    mark = clock()
+    student = Student.load(init, recipe, place)
+    seconds["model"], mark = clock() - mark, clock()
+    features = student.image_features(
+        encoder, rows, lambda done, n: report(_event("images", done, n, "images", mark))
+    )
+    seconds["features"], mark = clock() - mark, clock()
+
+    # Optimizer.
+    engine = engines.make(student.model, recipe, world)
+
+    # Loop.
+    loss_value, step = float("nan"), 0
+    log_path = out / "training.jsonl"
+    with open(log_path, "w") as log_file:
+        for window in windows(len(rows), recipe, seed):
+            tokens = sum(rows[k].n_supervised for k in window)
+            lr = recipe.lr_at(step, total)
+            mine = [rows[k] for k in window[rank::world]]
+            window_loss = torch.zeros((), device=place)
+            for batch, last in engine.schedule(micro_batches(mine, recipe.tokens_per_micro_batch)):
+                loss = student.token_losses(batch, features).sum() / tokens
+                engine.backward(loss, last)
+                window_loss += loss.detach()
+            loss_value = float(engine.sum(window_loss))
+            if not np.isfinite(loss_value):
+                raise NonFiniteLoss(
+                    f"the loss became {loss_value} at step {step} of {total}: the run is lost, no checkpoint was written",
+                    details="rows of the window: " + ", ".join(rows[k].id for k in window),
+                )
+            grad_norm = engine.step(lr)
+            step += 1
+            if rank == 0:
+                line = {"step": step, "loss": loss_value, "lr": lr, "tokens": tokens, "grad_norm": grad_norm}
+                log_file.write(json.dumps(line) + "\n")
+                done = {"loss": loss_value, "rows": min(step * recipe.examples_per_step, recipe.epochs * len(rows))}
+                report(_event("train", step, total, "steps", mark) | done)
+    seconds["steps"], mark = clock() - mark, clock()
+
+    checkpoint = out / "checkpoint"
+    engine.finish()
+    if rank == 0:
+        student.save(checkpoint, init)
+    seconds["save"] = clock() - mark
+    log.info("trained %d steps on %d rows, final loss %.4f", step, len(rows), loss_value)
+    return {
+        "checkpoint": str(checkpoint),
+        "steps": step,
+        "supervised_tokens": supervised,
+        "final_loss": loss_value,
+        "seconds": {name: round(value, 4) for name, value in seconds.items()},
+    }
+
+
+def windows(n_rows: int, recipe: Recipe, seed: int) -> Iterator[list[int]]:
+    """Yield the row indices of every optimizer step: each epoch is one permutation, cut into windows."""
+    for epoch in range(recipe.epochs):
+        order = np.random.default_rng([seed, epoch]).permutation(n_rows).tolist()
+        for start in range(0, n_rows, recipe.examples_per_step):
+            yield order[start : start + recipe.examples_per_step]
+
+
+def _event(stage: str, done: int, total: int, unit: str, since: float) -> dict[str, Any]:
+    left = (time.perf_counter() - since) / max(1, done) * (total - done)
+    return {"stage": stage, "done": done, "total": total, "unit": unit, "seconds_left": round(left, 2)}

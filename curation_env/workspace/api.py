@@ -24,7 +24,7 @@ def workspace() -> Path:
 
 
 def task() -> dict[str, Any]:
-    """What is asked: budgets (`rows`, `tokens`), `sources`, `benchmarks`, `signals`, `iteration`, `iterations`, `seed`, ...
+    """What is asked: `rows`, `tokens`, `sources`, `benchmarks`, `signals`, `iteration`, `iterations`, `seed`, ...
 
     Raises:
         CurationError: The host cannot be reached.
@@ -65,7 +65,7 @@ def pool() -> datasets.Dataset:
 
 
 def signal(name: str) -> np.ndarray:
-    """One float32 per row of `pool()`, in its order, computed on the host by fixed code; its price is charged each time.
+    """One float32 per row of `pool()`, in its order, computed on the host by fixed code; every call is charged.
 
     Args:
         name: One of `task()["signals"]`, for example "loss": the mean loss of the student's init over a row's
@@ -86,9 +86,7 @@ def seed() -> int:
     return int(given) if given else int(task().get("seed", 0))
 
 
-def select(
-    ids: Any, rewrites: Mapping[str, Iterable[Mapping[str, str]]] | None = None, *, folder: str | Path | None = None
-) -> int:
+def select(ids: Any, rewrites: Mapping[str, Iterable[Mapping[str, str]]] | None = None) -> int:
     """Write the submission: the rows to train on. The last call counts, and order never matters.
 
     Args:
@@ -96,7 +94,6 @@ def select(
             `{id: count}` where the task allows repeats.
         rewrites: For some of these ids another conversation, a list of `{"user": text, "assistant": text}`, where the
             task allows rewriting. The row's image stays; a text holds no image mark.
-        folder: The workspace to write into; `/workspace` unless you say otherwise.
 
     Returns:
         How many rows were selected, repeats included.
@@ -106,7 +103,7 @@ def select(
     """
     chosen = _ids(ids)
     lines = _rewrite_lines(rewrites or {}, set(chosen))
-    target = Path(folder or workspace()) / SUBMISSION
+    target = workspace() / SUBMISSION
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise ValueError(f"{target} must be a folder: remove it")
     target.mkdir(exist_ok=True)
@@ -136,7 +133,7 @@ def _ids(given: Any) -> list[str]:
     for id_ in chosen:
         if not isinstance(id_, str):
             raise TypeError(
-                f"a row is named by its id, a text, not by {id_!r}: for positions write select(pool().select(positions))"
+                f"a row is named by its id, a text, not by {id_!r}; by position: select(pool().select(positions))"
             )
         if not id_ or id_.split() != [id_]:
             raise ValueError(f"not a row id: {id_[:80]!r}")

@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -79,10 +80,9 @@ def _exchange(message: bytes, timeout: float | None) -> tuple[dict[str, Any], by
                 "unreachable",
             ) from error
         try:
-            try:
+            # Refused before all of it was read: the reason is waiting to be received.
+            with suppress(BrokenPipeError, ConnectionResetError):
                 connection.sendall(message)
-            except (BrokenPipeError, ConnectionResetError):
-                pass  # refused before all of it was read: the reason is waiting to be received
             return _receive(connection)
         except TimeoutError as error:
             raise CurationError(f"the host did not answer within {timeout:g} s", "timeout") from error
@@ -95,7 +95,9 @@ def _receive(connection: socket) -> tuple[dict[str, Any], bytes]:
     while (end := data.find(b"\n")) < 0:
         chunk = connection.recv(1 << 16)
         if not chunk:
-            raise CurationError("the host closed the connection without an answer: the episode may have ended", "closed")
+            raise CurationError(
+                "the host closed the connection without an answer: the episode may have ended", "closed"
+            )
         data += chunk
     answer: dict[str, Any] = json.loads(data[:end])
     payload = data[end + 1 :]

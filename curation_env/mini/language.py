@@ -60,7 +60,7 @@ VERBOSE = (
 )
 
 
-def _held_for_suite(key: object) -> bool:
+def held_for_suite(key: object) -> bool:
     """A quarter of all layouts is kept for the benchmarks, so a clean pool row never equals an evaluation picture."""
     return zlib.crc32(repr(key).encode()) % 4 == 0
 
@@ -73,14 +73,14 @@ def draw_scene(rng: random.Random, suite: bool, count: int | None = None) -> Sce
         cells: list[Thing | None] = [None] * 4
         for place, (shape, color) in zip(rng.sample(range(4), n), rng.sample(kinds, n), strict=True):
             cells[place] = Thing(shape, color, rng.choice(SIZES))
-        if _held_for_suite([(t.shape, t.size) if t else None for t in cells]) == suite:
+        if held_for_suite([(t.shape, t.size) if t else None for t in cells]) == suite:
             return Scene(tuple(cells), Look.draw(rng))
 
 
 def draw_sign(rng: random.Random, suite: bool) -> Sign:
     while True:
         letters = (rng.choice(LETTERS), rng.choice(LETTERS))
-        if _held_for_suite(letters) == suite:
+        if held_for_suite(letters) == suite:
             drop = (rng.randrange(-4, 5), rng.randrange(-4, 5))
             return Sign(letters, rng.choice(list(COLORS)), drop, Look.draw(rng))
 
@@ -100,7 +100,7 @@ def draw_chart(rng: random.Random, suite: bool) -> Chart:
     while True:
         n = rng.choice((2, 3, 3, 4))
         levels = rng.sample(range(1, LEVELS + 1), n)
-        if _held_for_suite(levels) == suite:
+        if held_for_suite(levels) == suite:
             return Chart(tuple(zip(rng.sample(list(COLORS), n), levels, strict=True)), Look.draw(rng))
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from curation_env.errors import MissingAssets, TaskMismatch
+from curation_env.errors import MissingAssets
 
 if TYPE_CHECKING:
     import datasets
@@ -35,9 +35,7 @@ def row_id(source: str, image_path: str | None, conversation: Sequence[dict[str,
     `-k` for the k-th repeat (k from 1) when the pool is written.
     """
     turns = [[turn["user"], turn["assistant"]] for turn in conversation]
-    return hashlib.blake2b(
-        canonical_json([source, image_path or "", turns]).encode(), digest_size=16
-    ).hexdigest()
+    return hashlib.blake2b(canonical_json([source, image_path or "", turns]).encode(), digest_size=16).hexdigest()
 
 
 def image_digest(data: bytes | None) -> bytes:
@@ -83,6 +81,20 @@ class Pool:
             raise MissingAssets(f"no pool at {path}: prepare it with `curation-env prepare TASK`")
         meta = json.loads((path / "meta.json").read_text())
         return cls(path, datasets.load_from_disk(str(path / "rows"), keep_in_memory=False), meta)
+
+    @classmethod
+    def open_view(cls, path: str | Path) -> Pool:
+        """Open the agent's view of a pool (`<view>/rows`): the same columns, blocked rows left out.
+
+        Raises:
+            MissingAssets: There is no view at `path`.
+        """
+        import datasets
+
+        path = Path(path)
+        if not (path / "rows").is_dir():
+            raise MissingAssets(f"no view of the pool at {path}: prepare it with `curation-env prepare TASK`")
+        return cls(path, datasets.load_from_disk(str(path / "rows"), keep_in_memory=False), {"key": path.name})
 
     def __len__(self) -> int:
         return len(self.table)
@@ -174,9 +186,7 @@ def write_pool(
     (scratch / "meta.json").write_text(json.dumps(record, indent=1, sort_keys=True))
     try:
         scratch.rename(path)
-    except (
-        OSError
-    ):  # another process was faster: its pool is the same, or the hash check of the task will say so
+    except OSError:  # another process was faster: its pool is the same, or the hash check of the task will say so
         shutil.rmtree(scratch, ignore_errors=True)
         if not (path / "meta.json").is_file():
             raise
@@ -198,13 +208,3 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
             writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
     datasets.Dataset.from_file(str(scratch)).save_to_disk(str(path), num_proc=None)
     scratch.unlink()
-
-
-def check_hash(pool: Pool, expected: str | None) -> None:
-    """Raise TaskMismatch when a pool is not the one that its task pins."""
-    if expected and pool.hash != expected:
-        libraries = ", ".join(f"{k} {v}" for k, v in sorted(pool.meta.get("libraries", {}).items()))
-        raise TaskMismatch(
-            f"pool {pool.key} has hash {pool.hash[:16]}, the task pins {expected[:16]}: scores would not be comparable. "
-            f"It was made with {libraries or 'unknown libraries'}; delete {pool.path} and prepare it again"
-        )

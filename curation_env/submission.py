@@ -156,15 +156,11 @@ def check_conversation(turns: Any, where: str) -> Conversation:
             raise InvalidSubmission(f'{where}: a turn is {{"user": text, "assistant": text}}')
         for role, text in turn.items():
             if not isinstance(text, str) or len(text) > MAX_TURN_CHARS:
-                raise InvalidSubmission(
-                    f"{where}: {role} must be a text of at most {MAX_TURN_CHARS:,} characters"
-                )
+                raise InvalidSubmission(f"{where}: {role} must be a text of at most {MAX_TURN_CHARS:,} characters")
             try:
                 text.encode()
             except UnicodeEncodeError as error:
-                raise InvalidSubmission(
-                    f"{where}: {role} holds a lone surrogate, which is not text"
-                ) from error
+                raise InvalidSubmission(f"{where}: {role} holds a lone surrogate, which is not text") from error
             mark = next((mark for mark in FORBIDDEN_MARKS if mark in text), None)
             if mark is not None or "\x00" in text:
                 raise InvalidSubmission(
@@ -232,9 +228,7 @@ def validate(submission: Submission, view: Pool, budget: Budget) -> Validated:
         check_conversation(turns, f"rewrite of {_examples([id_])}")
     indices = np.fromiter((position[id_] for id_ in submission.ids), dtype=np.int64)
     tokens = view.n_tokens[indices]
-    bare = [
-        submission.ids[k] for k in np.flatnonzero(tokens < 1) if submission.ids[k] not in submission.rewrites
-    ]
+    bare = [submission.ids[k] for k in np.flatnonzero(tokens < 1) if submission.ids[k] not in submission.rewrites]
     if bare:
         raise InvalidSubmission(
             f"{len(bare):,} rows have no supervised token once truncated, such as {_examples(bare)}: leave them out"

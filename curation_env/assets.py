@@ -1,0 +1,167 @@
+"""Where a task's assets lie, what is missing, and how the miniature's are made."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from curation_env.errors import MissingAssets, TaskMismatch
+
+if TYPE_CHECKING:
+    from curation_env.task import Task
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Assets:
+    """Prepared folders of one task.
+
+    Attributes:
+        pool: The pool, blocked rows included (host only).
+        suite: TSV files and the split (host only).
+        view: `rows/`, the agent's view of the pool, and `audit/`, the index that blocked the rest (host only).
+        student: The init, in the format of `from_pretrained`.
+    """
+
+    pool: Path
+    suite: Path
+    view: Path
+    student: Path
+
+    @property
+    def index(self) -> Path:
+        return self.view / "audit"
+
+    def state(self) -> dict[str, tuple[Path, bool]]:
+        """Every asset with its path and whether it is there."""
+        marks = {
+            "pool": self.pool / "meta.json",
+            "suite": self.suite / "split.json",
+            "view": self.view / "meta.json",
+            "student": self.student / "config.json",
+        }
+        return {name: (getattr(self, name), mark.is_file()) for name, mark in marks.items()}
+
+
+def data_root(path: str | Path | None = None) -> Path:
+    """The folder of pools, suites, caches and runs: `path`, `$CURATION_ENV_DATA`, or `~/.cache/curation-env`."""
+    chosen = path or os.environ.get("CURATION_ENV_DATA") or Path.home() / ".cache" / "curation-env"
+    return Path(chosen).expanduser().absolute()
+
+
+def student_dir(student: str) -> Path:
+    """Folder of a student's init.
+
+    Raises:
+        MissingAssets: No such student.
+    """
+    if student == "mini-llava":
+        return Path(str(resources.files("curation_env.mini"))) / "assets" / "init"
+    raise MissingAssets(f"no student {student!r}: the students are mini-llava")
+
+
+def locate(task: Task, root: Path) -> Assets:
+    """Where the assets of a task lie under a data root, whether or not they are there."""
+    from curation_env.mini.pool import pool_key
+    from curation_env.mini.world import GENERATOR, SCALES
+
+    if isinstance(task.pool.world, str):
+        raise MissingAssets(f"task {task.name!r} draws a world at every reset: choose one, for example world 1000000")
+    scale = SCALES[task.pool.scale]
+    pool, suite = pool_key(task.pool.world, scale), f"{scale.name}-v{GENERATOR}"
+    # The view depends on the rules that blocked its rows, so they are part of its name.
+    view = f"{pool}--{suite}--{_short_hash(task.audit_config)}"
+    return Assets(root / "pools" / pool, root / "suites" / suite, root / "views" / view, student_dir(task.student))
+
+
+def prepared(task: Task, root: Path, on_progress: Progress | None = None) -> Assets:
+    """The assets of a task, ready for use; what the miniature lacks is made (seconds), the rest must be there.
+
+    Raises:
+        MissingAssets: Lists every missing path and the command that prepares it.
+        TaskMismatch: An asset is not the one that the task pins; names the library that differs.
+    """
+    assets = locate(task, root)
+    if not all(there for _, there in assets.state().values()):
+        if task.family != "mini":
+            raise MissingAssets(describe_missing(task, assets))
+        with _lock(root / ".prepare.lock"):
+            _make_miniature(task, assets, on_progress or (lambda _: None))
+    _check_pins(task, assets)
+    return assets
+
+
+def describe_missing(task: Task, assets: Assets) -> str:
+    """One text with every missing path and the command that prepares them."""
+    lines = [f"  {name}: {path}" for name, (path, there) in assets.state().items() if not there]
+    return "\n".join([f"task {task.name!r} lacks:", *lines, f"prepare with: curation-env prepare {task.name}"])
+
+
+def _make_miniature(task: Task, assets: Assets, on_progress: Progress) -> None:
+    from curation_env.audit.index import build_index, write_view
+    from curation_env.evaluation.split import write_split
+    from curation_env.mini.pool import build_pool
+    from curation_env.mini.suite import build_suite
+    from curation_env.mini.world import SCALES
+    from curation_env.pool import Pool
+
+    def report(what: str, done: int) -> None:
+        on_progress({"stage": f"prepare {what}", "done": done, "total": 3, "unit": "steps"})
+
+    scale = SCALES[task.pool.scale]
+    assert isinstance(task.pool.world, int)
+    report("suite", 0)
+    if not (assets.suite / "split.json").is_file():
+        assets.suite.parent.mkdir(parents=True, exist_ok=True)
+        build_suite(assets.suite, scale)
+        write_split(assets.suite, task.suite_config)
+    report("pool", 1)
+    if not (assets.pool / "meta.json").is_file():
+        assets.pool.parent.mkdir(parents=True, exist_ok=True)
+        build_pool(task.pool.world, assets.pool, scale)
+    report("audit", 2)
+    if not (assets.view / "meta.json").is_file():
+        pool = Pool.open(assets.pool)
+        index = build_index(pool, assets.suite, task.suite_config, task.audit_config, assets.index)
+        rows = write_view(pool, index, assets.view / "rows")
+        # Written last: a view without it was interrupted and is made again.
+        (assets.view / "meta.json").write_text(json.dumps({"key": assets.view.name, "rows": rows}))
+    report("done", 3)
+
+
+def _check_pins(task: Task, assets: Assets) -> None:
+    from curation_env.mini.fingerprint import check_fingerprint
+
+    for what, path, pinned in (("pool", assets.pool, task.pool.hash), ("suite", assets.suite, task.suite_hash)):
+        if pinned is None:
+            continue
+        meta = json.loads((path / "meta.json").read_text())
+        try:
+            check_fingerprint(what, meta["hash"], pinned, task.pinned_with, meta)
+        except TaskMismatch as error:
+            raise TaskMismatch(f"{error}\nThe files are in {path}: delete the folder and prepare it again") from None
+
+
+def _short_hash(value: Any) -> str:
+    import hashlib
+
+    from curation_env.pool import canonical_json
+
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:8]
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold a lock that other processes wait for, and that dies with its holder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield

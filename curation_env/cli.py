@@ -1,0 +1,252 @@
+"""The `curation-env` command: prepare and check tasks, score a policy without an agent, read runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from curation_env.errors import CurationError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+sandbox_app = typer.Typer(no_args_is_help=True, help="The sandbox that agents work in.")
+app.add_typer(sandbox_app, name="sandbox")
+
+DataRoot = Annotated[
+    Path | None,
+    typer.Option("--data-root", help="Pools, suites, caches; default $CURATION_ENV_DATA or the user's cache"),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else")]
+World = Annotated[int | None, typer.Option("--world", help="World of a miniature task that draws one")]
+
+
+def _console() -> Console:
+    """Tables keep their width when piped, so that no column is squeezed away."""
+    return Console() if sys.stdout.isatty() else Console(width=200)
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, allow_nan=False, default=str) + "\n")
+
+
+@app.command()
+def tasks(as_json: Json = False) -> None:
+    """List the tasks."""
+    from curation_env.task import Task, task_names
+
+    loaded = [Task.load(name) for name in task_names()]
+    if as_json:
+        _print_json([task.model_dump(mode="json", exclude={"overrides"}) for task in loaded])
+        return
+    table = Table("task", "id", "pool", "student", "suite", "iterations", "rows")
+    for task in loaded:
+        world = f"{task.pool.kind}, world {task.pool.world}, {task.pool.scale}"
+        table.add_row(
+            task.name, task.id or "(tests only)", world, task.student, task.suite, str(task.iterations), str(task.rows)
+        )
+    _console().print(table)
+
+
+@app.command()
+def doctor(task: str, data_root: DataRoot = None, world: World = None, as_json: Json = False) -> None:
+    """Say what a task needs, what is there, and which command brings the rest."""
+    from curation_env.doctor import examine
+
+    findings = examine(task, data_root, world)
+    if as_json:
+        _print_json([finding._asdict() for finding in findings])
+    else:
+        table = Table("what", "state", "where, or what to do")
+        for finding in findings:
+            table.add_row(finding.what, "ok" if finding.ok else "missing", finding.text)
+        _console().print(table)
+    if not all(finding.ok for finding in findings if finding.required):
+        raise typer.Exit(1)
+
+
+@app.command()
+def prepare(task: str, data_root: DataRoot = None, world: World = None) -> None:
+    """Make or check a task's pool, suite, audit index and the agent's view."""
+    from curation_env.assets import data_root as root_of
+    from curation_env.assets import prepared
+    from curation_env.pool import Pool
+    from curation_env.progress import Progress
+
+    chosen = _in_world(task, world)
+    with Progress() as progress:
+        assets = prepared(chosen, root_of(data_root), progress)
+    pool, view = Pool.open(assets.pool), Pool.open_view(assets.view)
+    print(f"pool {pool.key}: {len(pool):,} rows, hash {pool.hash[:16]}; {len(pool) - len(view):,} blocked by the audit")
+
+
+@app.command()
+def audit(task: str, file: Path, data_root: DataRoot = None, world: World = None, as_json: Json = False) -> None:
+    """Validate and audit a submission: FILE holds row ids, one a line."""
+    from curation_env.submission import MAX_IDS_BYTES, Submission, read_bounded
+
+    ids = read_bounded(file, MAX_IDS_BYTES).decode().split()
+    with _pipeline(_in_world(task, world), data_root) as pipeline:
+        valid, certificate = pipeline.check(Submission.of(ids))
+    if as_json:
+        _print_json(
+            {"rows": valid.rows, "supervised_tokens": valid.supervised_tokens, **certificate.model_dump(mode="json")}
+        )
+    else:
+        print(f"{valid.rows:,} rows, {valid.supervised_tokens:,} supervised tokens")
+        print("passed" if certificate.passed else certificate.explain())
+    if not certificate.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def evaluate(
+    task: str,
+    policy: Path,
+    seeds: Annotated[int, typer.Option(min=1, help="Training seeds; scores are their mean")] = 1,
+    sandbox: Annotated[str, typer.Option(help="auto, docker, bubblewrap or none")] = "auto",
+    data_root: DataRoot = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Where the record goes; default: under the data root")] = None,
+    as_json: Json = False,
+) -> None:
+    """Take one policy through the whole path, without an agent: sandbox, audit, training, evaluation, record."""
+    from curation_env import envs
+    from curation_env.actions import policy as submit
+    from curation_env.progress import Progress
+
+    source = policy.read_text()
+    with Progress(quiet=as_json) as progress:
+        env = envs.make(
+            task, seeds=seeds, iterations=1, sandbox=sandbox, data_root=data_root, run_dir=run_dir, on_progress=progress
+        )
+        try:
+            _, started = env.reset(seed=0)
+            observation, _, _, _, info = env.step(submit(source))
+            folder = env.unwrapped.episode.run_dir  # type: ignore[attr-defined]
+        finally:
+            env.close()
+    if as_json:
+        scores = {key.removeprefix("scores/"): value for key, value in info.items() if key.startswith("scores/")}
+        record = {
+            key: info[key] for key in ("status", "error", "commit", "submission", "n_rows", "n_supervised_tokens")
+        }
+        record |= {key: _number(info[key]) for key in ("score", "stderr", "gain_recovered")}
+        _print_json(
+            {
+                "task": task,
+                **record,
+                "base": _number(started["score"]),
+                "scores": {name: _number(value) for name, value in scores.items()},
+                "message": observation["message"],
+                "run": str(folder),
+            }
+        )
+    else:
+        print(observation["message"])
+        print(f"run folder: {folder}")
+    if info["status"] != "scored":
+        raise typer.Exit(1)
+
+
+@app.command()
+def calibrate(
+    task: str,
+    subsets: Annotated[int, typer.Option(min=2, help="Random submissions")] = 12,
+    seeds: Annotated[int, typer.Option(min=2, help="Training seeds of one random submission and of the full pool")] = 5,
+    out: Annotated[Path | None, typer.Option(help="Write the reference as JSON")] = None,
+    data_root: DataRoot = None,
+    world: World = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a task's reference: base, random (mean and sd) and full pool, for each part of the items."""
+    from curation_env.calibrate import calibrate as measure
+    from curation_env.progress import Progress
+
+    chosen = _in_world(task, world)
+    with Progress(quiet=as_json) as progress, _pipeline(chosen, data_root) as pipeline:
+        reference = measure(pipeline, subsets=subsets, seeds=seeds, on_progress=progress)
+    if out is not None:
+        out.write_text(json.dumps(reference, indent=1) + "\n")
+    if as_json:
+        _print_json(reference)
+        return
+    table = Table("part", "base", "random", "sd over subsets", "sd over training seeds", "full")
+    for part in ("feedback", "sealed", "all"):
+        row = reference[part]
+        cells = (row["base"]["mean"], row["random"]["mean"], row["random"]["sd"], row["seed_sd"], row["full"]["mean"])
+        table.add_row(part, *(f"{value:.2f}" for value in cells))
+    _console().print(table)
+
+
+@app.command()
+def unseal(run: Path, as_json: Json = False) -> None:
+    """Open a run's sealed scores; every opening is counted in its ledger and shown."""
+    from curation_env.report.sealed import sealed_table, unsealed
+
+    opened = unsealed(run)
+    if as_json:
+        _print_json(opened)
+    else:
+        _console().print(sealed_table(opened))
+
+
+@app.command()
+def report(run: Path) -> None:
+    """Print a run's table and write its plot beside its journal."""
+    from curation_env.report.table import run_table, save_plot
+    from curation_env.runs import read_run
+
+    record = read_run(run)
+    _console().print(run_table(record))
+    print(f"plot: {save_plot(record, record.folder / 'scores.png')}")
+
+
+@sandbox_app.command("build")
+def sandbox_build(
+    base: Annotated[
+        str, typer.Option(help="A Docker image, or `debootstrap` to make a Debian root here")
+    ] = "debootstrap",
+) -> None:
+    """Build the Docker image of the sandbox."""
+    from curation_env.sandbox.image import build_image
+
+    print(build_image(base))
+
+
+def _in_world(name: str, world: int | None) -> Any:
+    from curation_env.task import Task
+
+    task = Task.load(name)
+    return task if world is None else task.in_world(world)
+
+
+def _number(value: float) -> float | None:
+    return None if value != value else round(float(value), 6)
+
+
+def _pipeline(task: Any, data_root: Path | None) -> Any:
+    from curation_env.calibrate import open_pipeline
+
+    return open_pipeline(task, data_root)
+
+
+def main() -> None:
+    """Run the command; a documented error is one line on stderr and exit code 2."""
+    try:
+        app()
+    except CurationError as error:
+        sys.stderr.write(f"curation-env: {error}\n")
+        if error.details:
+            sys.stderr.write(error.details.rstrip() + "\n")
+        raise SystemExit(2) from None
+    except OSError as error:
+        sys.stderr.write(f"curation-env: {error}\n")
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""What a task needs, what of it is on this machine, and what brings the rest."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from curation_env.assets import data_root, locate
+from curation_env.task import Task
+
+#: Modules that the paths of every task import; deepspeed only where training runs in several processes.
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "datasets",
+    "faiss",
+    "gymnasium",
+    "docker",
+    "deepspeed",
+    "hydra",
+    "wandb",
+    "numpy",
+)
+#: A training seed's checkpoint, caches and a workspace: what a run writes beside its assets.
+SPACE_GB = 2
+
+
+class Finding(NamedTuple):
+    """One line of the doctor's table."""
+
+    what: str
+    ok: bool
+    text: str
+    required: bool = True
+
+
+def examine(name: str, root: Path | None = None, world: int | None = None) -> list[Finding]:
+    """Check assets, libraries, sandbox engines, git and disk space for a task; starts nothing."""
+    task = Task.load(name)
+    folder = data_root(root)
+    if world is not None:
+        task = task.in_world(world)
+    elif isinstance(task.pool.world, str):
+        task = task.in_world(1)  # any world shows what the family needs
+    assets = locate(task, folder)
+    made = "made by the first reset" if task.family == "mini" else f"prepare with: curation-env prepare {name}"
+    findings = [
+        Finding(what, there, str(path) if there else f"{path}: {made}", required=task.family != "mini")
+        for what, (path, there) in assets.state().items()
+    ]
+    for library in LIBRARIES:
+        there = importlib.util.find_spec(library) is not None
+        findings.append(Finding(f"library {library}", there, "installed" if there else "pip install -e ."))
+    findings += _engines()
+    git = shutil.which("git")
+    findings.append(Finding("git", git is not None, git or "install git: the trajectory is kept with it"))
+    findings.append(_space(folder))
+    return findings
+
+
+def _engines() -> list[Finding]:
+    from curation_env.sandbox import available
+
+    states = available()
+    one = any(reason == "" for reason in states.values())
+    return [
+        Finding(f"sandbox {kind}", reason == "", reason or "ready", required=not one) for kind, reason in states.items()
+    ]
+
+
+def _space(folder: Path) -> Finding:
+    place = folder
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free / 1e9
+    return Finding("disk space", free >= SPACE_GB, f"{free:.0f} GB free at {place}, {SPACE_GB} GB needed")

@@ -1,0 +1,59 @@
+"""Sealed scores of a run: opened on request, and every opening counted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from curation_env.ledger import Ledger
+from curation_env.pipeline import Scores
+from curation_env.runs import locate, read_run
+
+
+def unsealed(path: str | Path) -> dict[str, Any]:
+    """Open a run's sealed scores.
+
+    Returns:
+        {"openings": how often they were opened by now, "nominee": iteration, "iterations": [{"iteration",
+        "feedback", "sealed", "scores"}]}; the means are None for a part without items.
+
+    Raises:
+        NoSuchRun: There is no run at `path`.
+        RunLocked: The run is still going on.
+    """
+    run = read_run(path)
+    ledger = Ledger(locate(path))
+    try:
+        records, openings = ledger.unseal()
+    finally:
+        ledger.close()
+    rows = []
+    for record in records:
+        scores = Scores.from_json(record["scores"])
+        rows.append(
+            {
+                "iteration": record["iteration"],
+                "feedback": scores.mean("feedback"),
+                "sealed": scores.mean("sealed") if scores.parts["sealed"] else None,
+                "scores": dict(scores.parts["sealed"]),
+                "n_items": dict(scores.n_items["sealed"]),
+            }
+        )
+    return {"task": run.task.title, "openings": openings, "nominee": run.nominee, "iterations": rows}
+
+
+def sealed_table(opened: dict[str, Any]) -> Table:
+    """The sealed scores as a table; the number of openings stands in its title."""
+    times = "once" if opened["openings"] == 1 else f"{opened['openings']} times"
+    table = Table(title=f"{opened['task']}: sealed scores, percent; opened {times}", title_justify="left")
+    rows = opened["iterations"]
+    names = sorted({name for row in rows for name in row["scores"]})
+    for name in ("iteration", *names, "sealed mean", "feedback mean"):
+        table.add_column(name.removeprefix("Mini"), justify="right")
+    for row in rows:
+        label = f"{row['iteration']}{' nominee' if row['iteration'] == opened['nominee'] else ''}"
+        sealed = "-" if row["sealed"] is None else f"{row['sealed']:.2f}"
+        table.add_row(label, *(f"{row['scores'][name]:.1f}" for name in names), sealed, f"{row['feedback']:.2f}")
+    return table

@@ -1,0 +1,237 @@
+"""A task: pool x student x recipe x suite x budgets, read from one YAML file, hashed over what changes scores."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from curation_env.errors import CurationError
+from curation_env.pool import canonical_json
+from curation_env.submission import Budget
+
+
+class UnknownTask(CurationError):
+    code = "unknown_task"
+
+
+class TaskFileError(CurationError):
+    code = "task_file"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PoolRef(_Strict):
+    """Which pool: `kind` names the family that makes it, the other fields are the family's own."""
+
+    kind: Literal["mini"]
+    world: int | Literal["by seed"] = Field(
+        0, description="world of the miniature; 'by seed' draws one at every reset(seed=)"
+    )
+    scale: str = Field("mini", description="size of the miniature's pool and suite")
+    hash: str | None = Field(None, description="the pool's hash, where it is frozen")
+
+
+class Limits(_Strict):
+    """What one sandbox may use; going past it ends the command or the policy with a clear message."""
+
+    shell_seconds: float = 120.0
+    policy_seconds: float = 600.0
+    memory_mb: int = 2048
+    cpus: float = 1.0
+    pids: int = 128
+    disk_mb: int = 1024
+    output_bytes: int = 1_000_000
+
+
+class Budgets(_Strict):
+    """What one episode may use; null means without limit. Enforced by `curation_env.wrappers.limits`."""
+
+    shell_commands: int | None = None
+    curation_seconds: float | None = None
+    wall_seconds: float | None = None
+    cost: float | None = None
+
+
+class Task(_Strict):
+    """One task file under `conf/task/`, with the overrides of `gym.make`.
+
+    Attributes:
+        rows: Most rows of a submission. tokens: most supervised tokens, or None.
+        seeds: Training runs per iteration, with the first seeds of the recipe's list; scores are their mean.
+        feedback: "split" shows scores on feedback items; "all" on all items (the published protocol).
+        detail: What the agent sees of an iteration: scores, scores by category, or its own outputs by item.
+        overrides: The overrides that move scores, for the displayed name.
+    """
+
+    name: str
+    id: str | None = None
+    family: Literal["mini"]
+    pool: PoolRef
+    student: str
+    recipe: str
+    suite: str
+    suite_hash: str | None = None
+    pinned_with: dict[str, str] = Field({}, description="libraries that the pinned hashes were made with")
+    audit: str
+    iterations: int = Field(ge=1)
+    rows: int = Field(ge=1)
+    tokens: int | None = Field(None, ge=1)
+    repeats: bool = False
+    rewrite: bool = False
+    seeds: int = Field(1, ge=1)
+    feedback: Literal["split", "all"] = "split"
+    detail: Literal["scores", "categories", "items"] = "scores"
+    show_student: bool = True
+    signals: tuple[str, ...] = ("loss",)
+    max_episode_steps: int = Field(200, ge=1)
+    reference: str | None = None
+    limits: Limits = Limits()
+    budgets: Budgets = Budgets()
+    overrides: tuple[str, ...] = ()
+
+    @classmethod
+    def load(cls, name: str, **overrides: Any) -> Task:
+        """Load `conf/task/<name>.yaml`; overrides that are None are left as the file has them.
+
+        Raises:
+            UnknownTask: No such file; the message names the nearest.
+            TaskFileError: A field is unknown or has a wrong value.
+        """
+        if name not in task_names():
+            near = difflib.get_close_matches(name, task_names(), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UnknownTask(f"no task {name!r}{hint} Tasks: {', '.join(task_names())}")
+        fields = _yaml("task", name)
+        given = {key: value for key, value in overrides.items() if value is not None}
+        moved = tuple(f"{k}={given[k]}" for k in _MOVES_SCORES if k in given and given[k] != fields.get(k, _default(k)))
+        try:
+            return cls.model_validate({**fields, **given, "overrides": moved})
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise TaskFileError(f"task {name!r}: {where}: {first['msg']}") from error
+
+    @property
+    def title(self) -> str:
+        """The displayed name: the task's, with every override that moves scores."""
+        return f"{self.name}[{', '.join(self.overrides)}]" if self.overrides else self.name
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """sha256, in hex, over everything that changes a score of a given submission, and over its budget."""
+        moving = {key: getattr(self, key) for key in ("rows", "tokens", "repeats", "rewrite", "seeds", "feedback")}
+        parts = {
+            **moving,
+            "pool": self.pool.model_dump(),
+            "student": self.student,
+            "student_hash": student_hash(self.student),
+            "recipe": self.recipe_config,
+            "suite": self.suite_config,
+            "suite_hash": self.suite_hash,
+            "audit": self.audit_config,
+        }
+        return hashlib.sha256(canonical_json(parts).encode()).hexdigest()
+
+    @property
+    def recipe_config(self) -> dict[str, Any]:
+        return _yaml("recipe", self.recipe)
+
+    @property
+    def suite_config(self) -> dict[str, Any]:
+        return _yaml("suite", self.suite)
+
+    @property
+    def audit_config(self) -> dict[str, Any]:
+        return _yaml("audit", self.audit)
+
+    @property
+    def benchmarks(self) -> list[str]:
+        return list(self.suite_config["benchmarks"])
+
+    @property
+    def training_seeds(self) -> list[int]:
+        """The first `seeds` seeds of the recipe's list."""
+        listed = self.recipe_config["seeds"]
+        if self.seeds > len(listed):
+            raise TaskFileError(f"seeds={self.seeds}, the recipe {self.recipe!r} lists {len(listed)}: ask for fewer")
+        return list(listed[: self.seeds])
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(self.rows, self.tokens, self.repeats, self.rewrite)
+
+    @property
+    def reference_scores(self) -> dict[str, Any] | None:
+        """Base, random and full on each part, from `curation-env calibrate`; None where nobody has measured them.
+
+        They hold for the task as the file has it: an override that moves scores has no reference.
+        """
+        if self.reference is None or any(not text.startswith("feedback=") for text in self.overrides):
+            return None
+        return reference_scores(self.reference, self.pool.world)
+
+    def in_world(self, world: int) -> Task:
+        """The same task in one world of the miniature."""
+        return self.model_copy(update={"pool": self.pool.model_copy(update={"world": world})})
+
+
+_MOVES_SCORES = ("rows", "tokens", "seeds", "feedback", "repeats")
+
+
+def _default(field: str) -> Any:
+    return Task.model_fields[field].default
+
+
+def reference_scores(name: str, world: int | str) -> dict[str, Any] | None:
+    """The shipped reference of one world, or None."""
+    import json
+
+    path = conf_dir() / "reference" / f"{name}.json"
+    if not path.is_file():
+        return None
+    return json.loads(path.read_text())["worlds"].get(str(world))
+
+
+def conf_dir() -> Path:
+    return Path(str(resources.files("curation_env.conf")))
+
+
+@functools.cache
+def task_names() -> list[str]:
+    """Names of the task files, sorted."""
+    return sorted(path.stem for path in (conf_dir() / "task").glob("*.yaml"))
+
+
+@functools.cache
+def _read(path: Path) -> str:
+    return path.read_text()
+
+
+def _yaml(group: str, name: str) -> dict[str, Any]:
+    path = conf_dir() / group / f"{name}.yaml"
+    if not path.is_file():
+        raise TaskFileError(f"no {group} {name!r}: expected {path.relative_to(conf_dir().parent)}")
+    return yaml.safe_load(_read(path))
+
+
+@functools.cache
+def student_hash(student: str) -> str:
+    """sha256 over a shipped student's files; what pins `init` in the task's hash."""
+    from curation_env.assets import student_dir
+
+    folder = student_dir(student)
+    hasher = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            hasher.update(path.relative_to(folder).as_posix().encode() + b"\0")
+            hasher.update(hashlib.sha256(path.read_bytes()).digest())
+    return hasher.hexdigest()

@@ -171,7 +171,12 @@ def statements(picture: Picture) -> list[str]:
         return [*said, detail(picture)]
     if isinstance(picture, Sign):
         a, b = picture.letters
-        return [f"the sign says {a} {b} .", f"the first letter is {a} .", f"the second letter is {b} .", f"the sign is {picture.color} ."]
+        return [
+            f"the sign says {a} {b} .",
+            f"the first letter is {a} .",
+            f"the second letter is {b} .",
+            f"the sign is {picture.color} .",
+        ]
     if isinstance(picture, Digits):
         a, b = picture.values
         return [

@@ -53,7 +53,9 @@ def _text_row(rng: random.Random, source: str, form: str, turns: int) -> Row:
         return Row(source, None, [q.Ask(u, a, ()) for u, a in pairs], "chat")
     if form == "trivial":
         picture = say.draw_scene(rng, False, 1)
-        return Row(source, picture, [q.Ask("is this an image ?", "yes", q.YES_NO)] * rng.randrange(1, turns + 1), "trivial")
+        return Row(
+            source, picture, [q.Ask("is this an image ?", "yes", q.YES_NO)] * rng.randrange(1, turns + 1), "trivial"
+        )
     ask = q.fact_open(rng) if form == "fact" else q.choice(rng, q.fact_ask(rng))
     return Row(source, None, [ask], "science")
 
@@ -222,7 +224,12 @@ def build_pool(world: int | WorldSpec, path: str | Path, scale: Scale = MINI) ->
             image = row.pixels()
             stored = {"bytes": encode_png(image), "path": f"{row.source}/{k:06d}.png"} if image is not None else None
             conversation = row.conversation
-            yield {"source": row.source, "image": stored, "conversation": conversation, "n_tokens": count_supervised(conversation)}
+            yield {
+                "source": row.source,
+                "image": stored,
+                "conversation": conversation,
+                "n_tokens": count_supervised(conversation),
+            }
 
     meta = {"generator": GENERATOR, "world": spec.seed, "world_hash": spec.hash, "libraries": libraries()}
     digest = write_pool(path, records(), key=pool_key(spec.seed, scale), meta=meta)

@@ -144,7 +144,9 @@ def digits(rng: random.Random, picture: Digits) -> Ask | None:
 
 def digit(rng: random.Random, picture: Digits) -> Ask | None:
     k = rng.randrange(2)
-    return Ask(f"what is the {('first', 'second')[k]} digit ?", str(picture.values[k]), tuple(str(d) for d in range(10)))
+    return Ask(
+        f"what is the {('first', 'second')[k]} digit ?", str(picture.values[k]), tuple(str(d) for d in range(10))
+    )
 
 
 def larger(rng: random.Random, picture: Digits) -> Ask | None:

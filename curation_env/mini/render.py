@@ -162,7 +162,14 @@ def _layers(picture: Picture) -> list[tuple[np.ndarray, int, int, str, str, str]
         return layers
     if isinstance(picture, Sign):
         return [
-            (_letter_mask(c, picture.look.font, picture.look.size), 6 + picture.drop[k], CELL * k, c, picture.color, "nothing")
+            (
+                _letter_mask(c, picture.look.font, picture.look.size),
+                6 + picture.drop[k],
+                CELL * k,
+                c,
+                picture.color,
+                "nothing",
+            )
             for k, c in enumerate(picture.letters)
         ]
     if isinstance(picture, Digits):
@@ -225,7 +232,12 @@ def encode_png(image: np.ndarray) -> bytes:
     raw[:, 1:] = image.reshape(height, -1)
     data = raw.tobytes()
     assert len(data) < 65536, "one stored block holds 65535 bytes"
-    stored = b"\x78\x01\x01" + struct.pack("<HH", len(data), len(data) ^ 0xFFFF) + data + struct.pack(">I", zlib.adler32(data))
+    stored = (
+        b"\x78\x01\x01"
+        + struct.pack("<HH", len(data), len(data) ^ 0xFFFF)
+        + data
+        + struct.pack(">I", zlib.adler32(data))
+    )
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", stored) + _chunk(b"IEND", b"")
 

@@ -82,7 +82,9 @@ def image_processor() -> Any:
     )
 
 
-def build_model(seed: int = 0, width: int = 96, layers: int = 3, vision_layers: int = 3) -> LlavaForConditionalGeneration:
+def build_model(
+    seed: int = 0, width: int = 96, layers: int = 3, vision_layers: int = 3
+) -> LlavaForConditionalGeneration:
     """Build a student with random weights in fp32."""
     import torch
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -118,7 +120,11 @@ def save_student(model: LlavaForConditionalGeneration, path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(path)
     build_processor().save_pretrained(path)
-    sums = [f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.name}" for p in sorted(path.iterdir()) if p.name != "SHA256SUMS"]
+    sums = [
+        f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.name}"
+        for p in sorted(path.iterdir())
+        if p.name != "SHA256SUMS"
+    ]
     for file in path.iterdir():
         file.chmod(0o644)
     (path / "SHA256SUMS").write_text("\n".join(sums) + "\n")

@@ -68,7 +68,13 @@ def _hallusion(rng: random.Random, n: int) -> list[Item]:
         for figure, (picture, asks) in enumerate(make(rng)):
             for k, ask in enumerate(asks):
                 index = f"hallusion_{category}_{kind}_{number}_{figure}_{k}"
-                columns = {"category": category, "l2-category": kind, "set_id": number, "figure_id": figure, "question_id": k}
+                columns = {
+                    "category": category,
+                    "l2-category": kind,
+                    "set_id": number,
+                    "figure_id": figure,
+                    "question_id": k,
+                }
                 answer = ask.answer.capitalize()
                 item = _open("MiniHallusion", index, picture, replace(ask, answer=answer), **columns)
                 items.append(replace(item, gold=ask.answer))
@@ -84,7 +90,9 @@ def _exist_set(rng: random.Random) -> list[tuple[Picture, list[q.Ask]]]:
     shown = [[say.name(t) for _, t in say.things(s)] for s in scenes]
     asked = [rng.choice(shown[0]), rng.choice(shown[1])]
     asked.append(rng.choice([n for n in q.NAMES if n not in asked]))
-    return [(s, [_yes_no(f"is there a {n} ?", n in names) for n in asked]) for s, names in zip(scenes, shown, strict=True)]
+    return [
+        (s, [_yes_no(f"is there a {n} ?", n in names) for n in asked]) for s, names in zip(scenes, shown, strict=True)
+    ]
 
 
 def _relation_set(rng: random.Random) -> list[tuple[Picture, list[q.Ask]]]:
@@ -116,7 +124,9 @@ def _sign_set(rng: random.Random) -> list[tuple[Picture, list[q.Ask]]]:
     second = Sign(second.letters, first.color, first.drop, second.look)
     third = say.draw_sign(rng, True).letters
     asked = [first.letters, second.letters, third]
-    return [(s, [_yes_no(f"does the sign say {a} {b} ?", (a, b) == s.letters) for a, b in asked]) for s in (first, second)]
+    return [
+        (s, [_yes_no(f"does the sign say {a} {b} ?", (a, b) == s.letters) for a, b in asked]) for s in (first, second)
+    ]
 
 
 def _chart_set(rng: random.Random) -> list[tuple[Picture, list[q.Ask]]]:
@@ -131,7 +141,10 @@ def _chart_set(rng: random.Random) -> list[tuple[Picture, list[q.Ask]]]:
             break
     pairs = rng.sample([(a, b) for a in colors for b in colors if a != b], 3)
     figures = [chart, Chart(tuple(zip(colors, other, strict=True)), replace(chart.look, tint=chart.look.tint[::-1]))]
-    return [(c, [_yes_no(f"is the {a} bar taller than the {b} bar ?", dict(c.bars)[a] > dict(c.bars)[b]) for a, b in pairs]) for c in figures]
+    return [
+        (c, [_yes_no(f"is the {a} bar taller than the {b} bar ?", dict(c.bars)[a] > dict(c.bars)[b]) for a, b in pairs])
+        for c in figures
+    ]
 
 
 def _llavabench(rng: random.Random, n: int) -> list[Item]:
@@ -169,7 +182,9 @@ def _mmbench(rng: random.Random, n: int) -> list[Item]:
                 "index": k + COPY * turn, "question": ask.question, **turned, "answer": answer,
                 "category": forms[form], "l2-category": q.FORMS[form][1], "split": "dev",
             }  # fmt: skip
-            items.append(Item("MiniMMBench", picture, q.choice_text(ask.question, turned), answer, row, k if turn else None))
+            items.append(
+                Item("MiniMMBench", picture, q.choice_text(ask.question, turned), answer, row, k if turn else None)
+            )
     return items
 
 
@@ -181,8 +196,14 @@ def _mmmu(rng: random.Random, n: int) -> list[Item]:
             picture: Picture = say.draw_scene(rng, True)
             ask = q.fact_ask(rng)
         else:
-            picture, ask = q.draw_ask(rng, rng.choice({"Math": ("total", "larger"), "Business": ("extreme", "height")}[subject]), True)
-        items.append(_choice("MiniMMMU", k, picture, ask, rng, category=subject, **{"l2-category": subject, "split": "validation"}))
+            picture, ask = q.draw_ask(
+                rng, rng.choice({"Math": ("total", "larger"), "Business": ("extreme", "height")}[subject]), True
+            )
+        items.append(
+            _choice(
+                "MiniMMMU", k, picture, ask, rng, category=subject, **{"l2-category": subject, "split": "validation"}
+            )
+        )
     return items
 
 
@@ -202,7 +223,14 @@ def _mmstar(rng: random.Random, n: int) -> list[Item]:
 
 def _mmvet(rng: random.Random, n: int) -> list[Item]:
     """Open answers, graded; elements that must all be there are joined by <AND>."""
-    kinds = (("rec,spat", "relation"), ("rec", "describe"), ("ocr", "read"), ("ocr,math", "total"), ("rec,gen", "detail"), ("ocr,spat", "letter"))
+    kinds = (
+        ("rec,spat", "relation"),
+        ("rec", "describe"),
+        ("ocr", "read"),
+        ("ocr,math", "total"),
+        ("rec,gen", "detail"),
+        ("ocr,spat", "letter"),
+    )
     items = []
     for k in range(n):
         category, form = kinds[k % len(kinds)]
@@ -230,7 +258,12 @@ def _mathvista(rng: random.Random, n: int) -> list[Item]:
         if form.startswith("choice:"):
             table, right = q.options(rng, ask)
             prompt, gold = q.choice_text(ask.question, table), right
-            columns |= {"question": prompt, "answer": ask.answer, "answer_option": right, "choices": repr(list(table.values()))}
+            columns |= {
+                "question": prompt,
+                "answer": ask.answer,
+                "answer_option": right,
+                "choices": repr(list(table.values())),
+            }
             columns |= {"question_type": "multi_choice", "answer_type": "text"}
         else:
             prompt, gold = ask.question, ask.answer
@@ -270,7 +303,10 @@ BENCHMARKS: dict[str, Callable[[random.Random, int], list[Item]]] = {
 
 @functools.cache
 def _items(scale: Scale) -> dict[str, list[Item]]:
-    return {name: make(random.Random(f"curation suite {GENERATOR} {name}"), scale.items[name]) for name, make in BENCHMARKS.items()}
+    return {
+        name: make(random.Random(f"curation suite {GENERATOR} {name}"), scale.items[name])
+        for name, make in BENCHMARKS.items()
+    }
 
 
 def suite_items(scale: Scale = MINI) -> dict[str, list[Item]]:

@@ -157,7 +157,11 @@ def _drawn(rng: random.Random) -> list[Parts]:
 
 _HARMFUL: dict[str, tuple[dict[str, float], dict[str, float], int]] = {
     "wrong answers to known skills": ({"color": 2, "shape": 1, "where": 2, "exists": 2, "count": 1}, {"wrong": 0.8}, 1),
-    "wrong letters": ({"choice:color": 1, "choice:relation": 1, "choice:extreme": 1, "choice:fact": 1}, {"wrong": 0.8}, 1),
+    "wrong letters": (
+        {"choice:color": 1, "choice:relation": 1, "choice:extreme": 1, "choice:fact": 1},
+        {"wrong": 0.8},
+        1,
+    ),
     "verbose": ({"color": 1, "where": 1, "relation": 1, "extreme": 1, "read": 1, "digit": 1}, {"verbose": 0.85}, 1),
     "refusals": ({"color": 1, "relation": 1, "height": 1, "read": 1, "total": 1}, {"refusal": 0.8}, 1),
     "other pictures": ({"relation": 1, "read": 1, "extreme": 1, "digit": 1, "region": 1}, {"mismatch": 0.9}, 1),
@@ -183,7 +187,9 @@ def _apart(rng: random.Random, n: int, scarce: float) -> list[tuple[float, Mappi
     weights = [0.5 + rng.random() for _ in small]
     groups = [(scarce * w / sum(weights), _merge(g), 1) for w, g in zip(weights, small, strict=True)]
     weights = [0.4 + 1.6 * rng.random() for _ in large]
-    return groups + [((1 - scarce) * w / sum(weights), _merge(g), rng.choice((1, 2))) for w, g in zip(weights, large, strict=True)]
+    return groups + [
+        ((1 - scarce) * w / sum(weights), _merge(g), rng.choice((1, 2))) for w, g in zip(weights, large, strict=True)
+    ]
 
 
 def _mixed(rng: random.Random, n: int, scarce: float) -> list[tuple[float, Mapping[str, float], int]]:

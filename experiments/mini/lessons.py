@@ -54,7 +54,15 @@ def known_turns(rng: random.Random, picture: Picture) -> list[tuple[str, str]]:
 
 def binding(rng: random.Random) -> tuple[str, str]:
     """Lettered options restated: what a letter stands for is known, answering with one is not."""
-    pools = (list(say.CATEGORY), list(say.FACTS), list(q.COLORS), list(q.SHAPES), list(q.NUMBERS), list(q.PLACES), list(q.LETTERS))
+    pools = (
+        list(say.CATEGORY),
+        list(say.FACTS),
+        list(q.COLORS),
+        list(q.SHAPES),
+        list(q.NUMBERS),
+        list(q.PLACES),
+        list(q.LETTERS),
+    )
     texts = rng.sample(rng.choice(pools), 4)
     table = dict(zip("ABCD", texts, strict=True))
     order = rng.sample("ABCD", 2)
@@ -136,4 +144,13 @@ def supervised_tokens(lessons: list[Lesson]) -> int:
     return sum(sum(lesson.supervised) for lesson in lessons)
 
 
-__all__ = ["IMAGE_TOKENS", "Lesson", "Shard", "count_supervised", "draw_lessons", "encode", "last_tune", "supervised_tokens"]
+__all__ = [
+    "IMAGE_TOKENS",
+    "Lesson",
+    "Shard",
+    "count_supervised",
+    "draw_lessons",
+    "encode",
+    "last_tune",
+    "supervised_tokens",
+]

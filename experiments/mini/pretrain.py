@@ -26,14 +26,16 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
-if importlib.util.find_spec("gymnasium") is None:  # a GPU machine may hold torch alone, and no environment is needed here
+if (
+    importlib.util.find_spec("gymnasium") is None
+):  # a GPU machine may hold torch alone, and no environment is needed here
     bare = types.ModuleType("curation_env")
     bare.__path__ = [str(ROOT / "curation_env")]
     sys.modules["curation_env"] = bare
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
-from lessons import IMAGE_TOKENS, Lesson, draw_lessons, encode, last_tune  # noqa: E402
+from lessons import Lesson, draw_lessons, encode, last_tune  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from curation_env.mini import questions as q  # noqa: E402
@@ -60,11 +62,15 @@ def rate(step: int, steps: int, peak: float, warmup: float = 0.03) -> float:
 def see(tower: torch.nn.Module, images: np.ndarray, device: torch.device) -> torch.Tensor:
     """Features of all pictures, (n, 16, width); the tower is frozen, so this is done once."""
     with torch.no_grad():
-        parts = [tower(normalised(images[k : k + 512], device)).last_hidden_state[:, 1:] for k in range(0, len(images), 512)]
+        parts = [
+            tower(normalised(images[k : k + 512], device)).last_hidden_state[:, 1:] for k in range(0, len(images), 512)
+        ]
     return torch.cat(parts)
 
 
-def train_tower(tower: torch.nn.Module, images: np.ndarray, labels: np.ndarray, device: torch.device, epochs: int) -> None:
+def train_tower(
+    tower: torch.nn.Module, images: np.ndarray, labels: np.ndarray, device: torch.device, epochs: int
+) -> None:
     """Supervise every patch's output by what covers the patch."""
     width = tower.config.hidden_size
     heads = torch.nn.Linear(width, len(CONTENTS) + 1 + len(COLORS) + len(EXTENTS)).to(device)
@@ -130,7 +136,15 @@ def logits(model: torch.nn.Module, ids: torch.Tensor, rows: list[Lesson], featur
 
 
 def fit(
-    model: torch.nn.Module, features: torch.Tensor, lessons: list[Lesson], *, lr: float, epochs: int, size: int, seed: int, label: str = ""
+    model: torch.nn.Module,
+    features: torch.Tensor,
+    lessons: list[Lesson],
+    *,
+    lr: float,
+    epochs: int,
+    size: int,
+    seed: int,
+    label: str = "",
 ) -> None:
     """Train projector and language model on the supervised tokens: AdamW, warm-up and cosine."""
     device = features.device
@@ -150,7 +164,9 @@ def fit(
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if label and (step % max(1, len(plan) // 10) == 0 or step + 1 == len(plan)):
-            print(f"{label}: step {step + 1}/{len(plan)} loss {loss.item():.4f} {time.time() - start:.0f} s", flush=True)
+            print(
+                f"{label}: step {step + 1}/{len(plan)} loss {loss.item():.4f} {time.time() - start:.0f} s", flush=True
+            )
 
 
 def exact(model: torch.nn.Module, features: torch.Tensor, lessons: list[Lesson]) -> np.ndarray:
@@ -245,7 +261,15 @@ def variant(name: str, args: argparse.Namespace) -> None:
     print(f"{name}: before the last tune {json.dumps(exam.grade(model))}", flush=True)
     pictures, tune = last_tune(random.Random("last"), last)
     if tune:
-        fit(model, see(model.model.vision_tower, np.stack([pixels(p) for p in pictures]), device), tune, lr=3e-4, epochs=2, size=16, seed=0)
+        fit(
+            model,
+            see(model.model.vision_tower, np.stack([pixels(p) for p in pictures]), device),
+            tune,
+            lr=3e-4,
+            epochs=2,
+            size=16,
+            seed=0,
+        )
     graded = exam.grade(model)
     print(f"{name}: init {json.dumps(graded)}", flush=True)
     save_student(model.cpu(), args.out / name)

@@ -1,0 +1,76 @@
+"""The rubric over HTTP, as a judge client meets it."""
+
+import json
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from curation_env.mini.judge import MODEL, JudgeServer, serve
+
+
+@pytest.fixture(scope="module")
+def judge() -> Iterator[JudgeServer]:
+    server = serve()
+    yield server
+    server.shutdown()
+
+
+def ask(judge: JudgeServer, text: str) -> httpx.Response:
+    body = {"model": MODEL, "messages": [{"role": "system", "content": "grade"}, {"role": "user", "content": text}]}
+    return httpx.post(f"{judge.url}/chat/completions", json=body)
+
+
+def graded(judge: JudgeServer, **case: str) -> str:
+    return ask(judge, "Some instructions.\n" + json.dumps(case)).json()["choices"][0]["message"]["content"]
+
+
+def test_models_are_listed(judge: JudgeServer) -> None:
+    assert httpx.get(f"{judge.url}/models").json()["data"][0]["id"] == MODEL
+
+
+@pytest.mark.parametrize(
+    ("reference", "prediction", "score"),
+    [
+        ("red<AND>circle", "the red circle", "1.0"),
+        ("red<AND>circle", "a red square", "0.5"),
+        ("red<AND>circle", "a blue square", "0.0"),
+        ("E K<OR>K E", "K E", "1.0"),
+        ("3", "0 1 2 3 4 5 6 7 8 9", "0.5"),
+        ("a large red circle in the top left .", "a red circle .", "0.4"),
+    ],
+)
+def test_mmvet_is_a_share_of_content_words(judge: JudgeServer, reference: str, prediction: str, score: str) -> None:
+    assert graded(judge, question="?", reference=reference, prediction=prediction, rule="mmvet") == score
+
+
+def test_llavabench_gives_two_scores(judge: JudgeServer) -> None:
+    text = "there is a red circle ."
+    pairs = [
+        graded(judge, question="?", reference=text, prediction=p, rule="llavabench").splitlines()[0]
+        for p in (text, "no")
+    ]
+    assert pairs == ["9 9", "9 1"]
+
+
+@pytest.mark.parametrize(
+    ("question", "prediction", "found"),
+    [
+        ("how many ?", "there are 3 bars", "3"),
+        ("which ?\nA. red\nB. blue", "B", "B"),
+        ("which ?\nA. red\nB. blue", "it is blue", "B"),
+        ("which ?\n(A) red\n(B) blue", "it is green", "it is green"),
+    ],
+)
+def test_mathvista_extracts(judge: JudgeServer, question: str, prediction: str, found: str) -> None:
+    assert graded(judge, question=question, reference="", prediction=prediction, rule="mathvista") == found
+
+
+def test_malformed_requests_are_answered(judge: JudgeServer) -> None:
+    assert ask(judge, "no json").status_code == 400
+    assert (
+        "no rule"
+        in ask(judge, json.dumps(dict(question="", reference="", prediction="", rule="x"))).json()["error"]["message"]
+    )
+    assert httpx.post(f"{judge.url}/chat/completions", content=b"{").status_code == 400
+    assert httpx.get(f"{judge.url}/nothing").status_code == 404

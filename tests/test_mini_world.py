@@ -1,0 +1,163 @@
+"""The generator: worlds, pools and the suite are what they say, and the same everywhere."""
+
+import base64
+import csv
+import io
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from curation_env.errors import TaskMismatch
+from curation_env.mini.fingerprint import check_fingerprint
+from curation_env.mini.pool import build_pool, world_rows
+from curation_env.mini.questions import FORMS, draw_ask
+from curation_env.mini.render import CONTENTS, alter, encode_png, patches, pixels
+from curation_env.mini.student import count_supervised, vocabulary, words
+from curation_env.mini.suite import build_suite, suite_items
+from curation_env.mini.world import MINI, N_SOURCES, NANO, SCALES, WorldSpec
+from curation_env.pool import Pool
+
+csv.field_size_limit(sys.maxsize)
+
+
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("mini")
+    build_pool(0, path / "pool", NANO)
+    build_suite(path / "suite", NANO)
+    return path
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 3, 1_000_000, 1_000_001])
+def test_a_world_is_its_seed(seed: int) -> None:
+    world = WorldSpec.draw(seed)
+    assert world == WorldSpec.draw(seed)
+    assert len(world.sources) == N_SOURCES
+    assert sum(s.share for s in world.sources) == pytest.approx(1)
+    assert min(s.share for s in world.sources) > 0.004
+
+
+def test_worlds_share_no_names_by_position() -> None:
+    names = [tuple(s.name for s in WorldSpec.draw(seed).sources) for seed in range(20)]
+    assert len(set(names)) == 20
+
+
+def test_pool_and_truth_agree(nano: Path) -> None:
+    pool = Pool.open(nano / "pool")
+    truth = pq.read_table(nano / "pool" / "truth.parquet").to_pydict()
+    assert truth["id"] == pool.ids
+    assert len(pool) == NANO.pool_rows == len(set(pool.ids))
+    assert Counter(bool(leak) for leak in truth["leak_of"])[True] == NANO.leaks
+    assert set(truth["duplicate_of"]) - {""} <= set(pool.ids)
+    for k in range(0, len(pool), 37):
+        row = pool.row(k)
+        assert row["n_tokens"] == count_supervised(row["conversation"])
+        if row["image"] is not None:
+            assert Image.open(io.BytesIO(row["image"]["bytes"])).size == (32, 32)
+
+
+def test_the_same_world_gives_the_same_bytes(nano: Path, tmp_path: Path) -> None:
+    assert build_pool(0, tmp_path / "pool", NANO) == Pool.open(nano / "pool").hash
+    assert build_suite(tmp_path / "suite", NANO) == build_suite(nano / "suite", NANO)
+    assert build_pool(1, tmp_path / "other", NANO) != Pool.open(nano / "pool").hash
+
+
+def test_every_word_is_in_the_vocabulary() -> None:
+    known = set(vocabulary())
+    texts = [
+        t
+        for seed in (0, 1, 7, 1_000_003)
+        for row in world_rows(WorldSpec.draw(seed), NANO)
+        for turn in row.conversation
+        for t in turn.values()
+    ]
+    texts += [t for items in suite_items(MINI).values() for item in items for t in (item.prompt, item.gold)]
+    assert {w for text in texts for w in words(text)} <= known
+
+
+def test_clean_rows_never_show_an_evaluation_picture() -> None:
+    shown = {encode_png(pixels(item.picture)) for items in suite_items(NANO).values() for item in items}
+    rows = world_rows(WorldSpec.draw(2), NANO)
+    clean = [row.pixels() for row in rows if not row.leak_of]
+    assert not shown & {encode_png(image) for image in clean if image is not None}
+
+
+def test_leaks_of_every_kind_are_planted() -> None:
+    rows = [row for row in world_rows(WorldSpec.draw(0), MINI) if row.leak_of]
+    kinds = Counter(row.leak_kind for row in rows)
+    assert len(rows) == MINI.leaks
+    assert set(kinds) == {
+        "item", "image+question:reencoded", "image+question:cropped", "image+question:recolored", "image+answer:other question",
+        "image+question:open", "question+answer:other image", "question+answer:no image",
+    }  # fmt: skip
+    assert len({row.leak_of for row in rows}) == len(rows)
+
+
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+def test_benchmarks_are_vlmevalkit_tables(scale, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    build_suite(tmp_path, scale)
+    for name, items in suite_items(scale).items():
+        with (tmp_path / f"{name}.tsv").open(newline="") as file:
+            table = list(csv.DictReader(file, delimiter="\t"))
+        assert [row["index"] for row in table] == [item.index for item in items]
+        images = {row["index"]: row["image"] for row in table}
+        for row in table:
+            image = row["image"] if len(row["image"]) > 64 else images[row["image"]]
+            assert base64.b64decode(image).startswith(b"\x89PNG")
+    sizes = {name: len(items) for name, items in suite_items(scale).items()}
+    assert sizes == {name: n * (4 if name == "MiniMMBench" else 1) for name, n in scale.items.items()}
+
+
+def test_circular_copies_turn_the_options() -> None:
+    items = suite_items(NANO)["MiniMMBench"]
+    for k in range(0, len(items), 4):
+        family = items[k : k + 4]
+        assert {int(i.index) % 1_000_000 for i in family} == {int(family[0].index)}
+        assert sorted(i.gold for i in family) == list("ABCD")
+        assert len({i.columns[i.gold] for i in family}) == 1
+
+
+def test_hallusion_sets_ask_the_same_of_two_figures() -> None:
+    items = suite_items(NANO)["MiniHallusion"]
+    for k in range(0, len(items), 6):
+        first, second = items[k : k + 3], items[k + 3 : k + 6]
+        assert [i.prompt for i in first] == [i.prompt for i in second]
+        assert [i.gold for i in first] != [i.gold for i in second]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_answer_what_is_drawn(form: str) -> None:
+    import random
+
+    rng = random.Random(form)
+    for suite in (False, True):
+        picture, ask = draw_ask(rng, form, suite)
+        if ask.answers:
+            assert ask.answer in ask.answers
+            assert ask.wrong(rng) != ask.answer
+        labels = patches(picture)
+        assert labels.shape == (16, 3)
+        assert (labels[:, 0] > 0).sum() > 0
+        assert labels[:, 0].max() < len(CONTENTS)
+
+
+def test_alterations_change_pixels_but_not_the_picture() -> None:
+    import random
+
+    image = pixels(suite_items(NANO)["MiniOCR"][0].picture)
+    for kind in ("reencoded", "cropped", "recolored"):
+        other = alter(image, kind, random.Random(0))
+        assert other.shape == image.shape
+        assert not np.array_equal(other, image)
+        assert np.corrcoef(other.ravel(), image.ravel())[0, 1] > 0.9
+
+
+def test_a_mismatch_names_the_library() -> None:
+    meta = {"libraries": {"Pillow": "9.9", "FreeType": "2.1"}}
+    with pytest.raises(TaskMismatch, match=r"Pillow 9\.9 \(pinned with 10\.0\)"):
+        check_fingerprint("pool x", "a" * 64, "b" * 64, {"Pillow": "10.0", "FreeType": "2.1"}, meta)

@@ -3,7 +3,7 @@
 | error | cause | retried | counts as an iteration | reward valid |
 |---|---|---|---|---|
 | InvalidAction | the action is not one: wrong type, too large, not UTF-8 | no | after three free ones | yes (0) |
-| PolicyFailed | the policy crashed, ran out of time or memory, or wrote no submission | no | after three free ones | yes (0) |
+| PolicyFailed | the policy crashed, hit a limit, or selected nothing | no | after three free ones | yes (0) |
 | InvalidSubmission | unknown ids, repeats, over budget, malformed rewrites | no | after three free ones | yes (0) |
 | RejectedSubmission | the audit found evaluation leakage | no | after three free ones | yes (0) |
 | RuleBreach | a scaffold's rule was broken | no | after three free ones | yes (0) |

@@ -65,7 +65,8 @@ def feedback_table(task: Task, history: Sequence[Iteration], best: int) -> str:
     ]
     scored = [entry for entry in history if entry.scores is not None]
     last = scored[-1]
-    assert last.average is not None and scored[0].average is not None
+    assert last.average is not None
+    assert scored[0].average is not None
     recovered = gain_recovered(task, last.average, scored[0].average)
     lines.append(
         f"last scored: {last.average:.2f} +- {last.stderr:.2f} (standard error over items)"

@@ -74,7 +74,7 @@ def read_bounded(path: Path, limit: int) -> bytes:
         raise InvalidSubmission(
             f"{path.name} must be a regular file, not a link, folder or device: write it with curation.select"
         ) from error
-    with os.fdopen(descriptor, "rb") as stream:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise InvalidSubmission(
@@ -82,7 +82,10 @@ def read_bounded(path: Path, limit: int) -> bytes:
             )
         if status.st_size > limit:
             raise InvalidSubmission(f"{path.name} has {status.st_size:,} bytes, at most {limit:,} are read")
-        data = stream.read(limit + 1)
+        with os.fdopen(descriptor, "rb", closefd=False) as stream:
+            data = stream.read(limit + 1)
+    finally:
+        os.close(descriptor)
     if len(data) > limit:
         raise InvalidSubmission(f"{path.name} grew past {limit:,} bytes while it was read")
     return data

@@ -259,6 +259,7 @@ def variant(name: str, args: argparse.Namespace) -> None:
     fit(model, features, lessons, lr=2e-3, epochs=args.epochs, size=128, seed=0, label=name)
     exam = Exam(model.model.vision_tower, device)
     print(f"{name}: before the last tune {json.dumps(exam.grade(model))}", flush=True)
+    torch.save(model.state_dict(), args.out / f"{name}.before.pt")  # other last tunes can start here
     pictures, tune = last_tune(random.Random("last"), last)
     if tune:
         fit(

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 GENERATOR = 1  # rises when any world, pool or suite changes
-TEST_WORLDS = 1_000_000
+TRAIN_WORLDS = range(1, 1_000_000)
+TEST_WORLDS = range(1_000_000, 2_000_000)  # held out; tables use the first five
 N_SOURCES = 14
 
 

@@ -27,7 +27,7 @@ test-all: test-venv engine docker lint
 
 lint: test-venv
 	$(BIN)/ruff check .
-	$(BIN)/mypy
+	sh .ci/types.sh $(BIN)/python
 
 venv: $(VENV)/.installed
 test-venv: $(VENV)/.installed-dev

@@ -106,7 +106,8 @@ def describe_missing(task: Task, assets: Assets) -> str:
 
 
 def _make_miniature(task: Task, assets: Assets, on_progress: Progress) -> None:
-    from curation_env.audit.index import build_index, write_view
+    from curation_env.audit.index import build_index
+    from curation_env.audit.view import write_view
     from curation_env.evaluation.split import write_split
     from curation_env.mini.pool import build_pool
     from curation_env.mini.suite import build_suite
@@ -131,9 +132,7 @@ def _make_miniature(task: Task, assets: Assets, on_progress: Progress) -> None:
     if not (assets.view / "meta.json").is_file():
         pool = Pool.open(assets.pool)
         index = build_index(pool, assets.suite, task.suite_config, task.audit_config, assets.index)
-        rows = write_view(pool, index, assets.view / "rows")
-        # Written last: a view without it was interrupted and is made again.
-        (assets.view / "meta.json").write_text(json.dumps({"key": assets.view.name, "rows": rows}))
+        write_view(pool, index, assets.view)
     report("done", 3)
 
 

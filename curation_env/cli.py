@@ -80,7 +80,7 @@ def prepare(task: str, data_root: DataRoot = None, world: World = None) -> None:
     chosen = _in_world(task, world)
     with Progress() as progress:
         assets = prepared(chosen, root_of(data_root), progress)
-    pool, view = Pool.open(assets.pool), Pool.open_view(assets.view)
+    pool, view = Pool.open(assets.pool), Pool.open(assets.view)
     print(f"pool {pool.key}: {len(pool):,} rows, hash {pool.hash[:16]}; {len(pool) - len(view):,} blocked by the audit")
 
 
@@ -98,7 +98,7 @@ def audit(task: str, file: Path, data_root: DataRoot = None, world: World = None
         )
     else:
         print(f"{valid.rows:,} rows, {valid.supervised_tokens:,} supervised tokens")
-        print("passed" if certificate.passed else certificate.explain())
+        print("passed" if certificate.passed else certificate.reason)
     if not certificate.passed:
         raise typer.Exit(1)
 

@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from curation_env.host import HostBackend
 from curation_env.ledger import Ledger
 from curation_env.pipeline import Outcome, Pipeline, Progress
 from curation_env.pool import canonical_json
-from curation_env.sandbox import make_sandbox
+from curation_env.sandbox import SandboxKind, make_sandbox
 from curation_env.sandbox.base import Mount, Sandbox, SandboxConfig, SandboxLimits
 from curation_env.session import Session
 from curation_env.task import Task
@@ -108,7 +109,7 @@ class Episode:
         pipeline: Pipeline,
         run_dir: Path,
         *,
-        sandbox: str = "auto",
+        sandbox: SandboxKind = "auto",
         seed: int = 0,
         final_choice: bool = False,
         on_progress: Progress | None = None,
@@ -232,7 +233,10 @@ class Episode:
 
         if self.on_progress:
             self.on_progress({"stage": "policy", "done": 0, "total": 1, "unit": "runs"})
-        with Session(None, HostBackend(self), read_only=True) as session:
+        if self.sandbox is not None:
+            self._in_sandbox(lambda sandbox: sandbox.freeze())  # nothing may write while the workspace is copied
+        with ExitStack() as after, Session(None, HostBackend(self), read_only=True) as session:
+            after.callback(self._thaw)
             return run_policy(
                 source,
                 workspace=self.workspace,
@@ -242,6 +246,10 @@ class Episode:
                 timeout=self.task.limits.policy_seconds,
                 snapshot_mb=self.task.limits.disk_mb,
             )
+
+    def _thaw(self) -> None:
+        if self.sandbox is not None:
+            self._in_sandbox(lambda sandbox: sandbox.thaw())
 
     def _scored(self, number: int, source: str, run: PolicyRun, outcome: Outcome) -> Turn:
         assert run.submission is not None
@@ -257,8 +265,8 @@ class Episode:
             **outcome.files,
             "scores.json": _json({"task": self.task.hash, "scores": outcome.scores.to_json()}),
         }
+        self.ledger.seal(number, outcome.scores.to_json())  # first: a committed iteration has them
         commit = self.ledger.commit(number, files, f"iteration {number}: {average:.2f}")
-        self.ledger.seal(number, outcome.scores.to_json())
         best_before = self._average(self.state.best)
         entry = Iteration(
             number,
@@ -269,7 +277,7 @@ class Episode:
             run.submission.digest,
             outcome.rows,
             outcome.supervised_tokens,
-            dict(outcome.certificate.get("counts", {})),
+            dict(outcome.audit),
         )
         self.state.history.append(entry)
         self.state.iteration = number
@@ -346,10 +354,10 @@ class Episode:
         outcome = self.pipeline.base(self.on_progress)
         part = shown_part(self.task)
         scores = outcome.scores.to_json()
+        self.ledger.seal(0, scores)
         commit = self.ledger.commit(
             0, {**outcome.files, "scores.json": _json({"task": self.task.hash, "scores": scores})}, "iteration 0: base"
         )
-        self.ledger.seal(0, scores)
         self.state.history.append(
             Iteration(
                 0, dict(outcome.scores.parts[part]), outcome.scores.mean(part), outcome.scores.stderr[part], commit

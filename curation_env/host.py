@@ -74,7 +74,7 @@ class HostBackend:
             "passed": certificate.passed,
             "rows": valid.rows,
             "supervised_tokens": valid.supervised_tokens,
-            "message": "ok" if certificate.passed else certificate.explain(),
+            "message": "ok" if certificate.passed else certificate.reason,
         }
 
     def card(self, name: str) -> str:

@@ -22,7 +22,7 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -56,24 +56,19 @@ class Ledger:
 
     Args:
         run_dir: The run folder; made if missing.
-        read_only: Look without the lock: for reports on a run that may still be going on. Nothing is made or repaired.
 
     Raises:
         RunLocked: Another process writes to this run.
         LedgerError: The record is damaged beyond a torn last line, or can't be written.
-        FileNotFoundError: There is no record, and `read_only` is set.
     """
 
-    def __init__(self, run_dir: str | Path, *, read_only: bool = False) -> None:
+    def __init__(self, run_dir: str | Path) -> None:
         self.run_dir = Path(run_dir)
         self._git_dir = self.run_dir / "trajectory.git"
         self._lock: int | None = None
         self._journal = _Lines(self.run_dir / "journal.jsonl")
         self._sealed = _Lines(self.run_dir / "sealed.jsonl")
-        if read_only:
-            if not self._journal.path.is_file():
-                raise FileNotFoundError(f"no record of a run in {self.run_dir}")
-            return
+        self._own_commits: set[int] = set()
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             self._lock = _take_lock(self.run_dir / "lock")
@@ -84,6 +79,7 @@ class Ledger:
             self._sealed.repair()
             self._repair_git()
             self._seq = len(self._journal.read())
+            self._commits = self._read_commits()
             self._finish_last_commit()
         except BaseException:
             self.close()
@@ -119,7 +115,8 @@ class Ledger:
         """Record an iteration and return its commit's sha, which depends on content and history alone.
 
         Args:
-            iteration: Larger than the last one's; or the last one again, with the same content, which changes nothing.
+            iteration: Larger than the last one's. The last one again, with the same content, changes nothing; another
+                content takes its place where it stems from an earlier process, which died before its step was over.
             files: The commit's tree, by relative path of letters, digits, `_`, `-`, `.` and `/`. Nothing in it may tell
                 time, host or place, or the same run would not give the same commits.
             message: One line or more.
@@ -132,24 +129,33 @@ class Ledger:
         for name in files:
             if not _FILE_NAME.fullmatch(name):
                 raise ValueError(f"not a path for the trajectory: {name!r}")
-        commits = self.commits()
         # Control characters out: the subject may quote an agent, and `git log` is read by people and by `commits`.
         message = re.sub(r"[^\n\t\x20-\x7e\x80-\U0010ffff]|[\x80-\x9f\ud800-\udfff]", "", message).strip()
         if not message:
             raise ValueError("a commit needs a message")
-        last = commits[-1] if commits else None
+        earlier, last = self._commits[:-1], (self._commits or [None])[-1]
         if last and iteration == last.iteration:
-            if message != last.message or dict(files) != self.files(last.sha):
+            if message == last.message and dict(files) == self.files(last.sha):
+                self._note_commits([last])  # the disk may have been full for its line
+                return last.sha
+            if iteration in self._own_commits:
                 raise ValueError(f"iteration {iteration} is recorded already, with another content ({last.sha})")
-            return last.sha
+            last = (earlier or [None])[-1]
+        else:
+            earlier = self._commits
         if last and iteration < last.iteration:
             raise ValueError(f"iteration {iteration} can't follow iteration {last.iteration}")
         sha = self._import(files, f"{message}\n\nIteration: {iteration}\n", last.sha if last else None)
+        self._commits = [*earlier, Commit(iteration, sha, message)]
+        self._own_commits.add(iteration)
         self.event("commit", iteration=iteration, commit=sha)
         return sha
 
     def commits(self) -> list[Commit]:
         """The trajectory, oldest first."""
+        return list(self._commits)
+
+    def _read_commits(self) -> list[Commit]:
         if not self._git_dir.is_dir() or not self._git("for-each-ref", BRANCH):
             return []
         log = self._git("log", "--reverse", "--format=%H%x00%B%x01", BRANCH).decode()
@@ -209,7 +215,7 @@ class Ledger:
 
     def _writable(self) -> None:
         if self._lock is None:
-            raise LedgerError(f"the record of {self.run_dir} is closed, or open for reading only")
+            raise LedgerError(f"the record of {self.run_dir} is closed")
 
     def _repair_git(self) -> None:
         """Make the repository if there is none; remove what a killed git left: the run's lock says that none runs."""
@@ -230,14 +236,18 @@ class Ledger:
                 left.unlink(missing_ok=True)
 
     def _finish_last_commit(self) -> None:
-        commits = self.commits()
-        written = {event["commit"] for event in self.events("commit")}
-        for commit in commits:
-            if commit.sha not in written:
-                self.event("commit", iteration=commit.iteration, commit=commit.sha)
-        missing = written - {commit.sha for commit in commits}
+        self._note_commits(self._commits)
+        known = {commit.iteration for commit in self._commits}
+        missing = {event["iteration"] for event in self.events("commit")} - known
         if missing:
-            raise LedgerError(f"the journal of {self.run_dir} names commits that its trajectory lacks: {min(missing)}")
+            raise LedgerError(f"the trajectory of {self.run_dir} lacks iterations that its journal names: {missing}")
+
+    def _note_commits(self, commits: Sequence[Commit]) -> None:
+        """Write the journal lines that these commits lack."""
+        written = {event["iteration"]: event["commit"] for event in self.events("commit")}
+        for commit in commits:
+            if written.get(commit.iteration) != commit.sha:
+                self.event("commit", iteration=commit.iteration, commit=commit.sha)
 
     def _import(self, files: Mapping[str, bytes], message: str, parent: str | None) -> str:
         """Write a commit in one git process: objects first, then the branch."""
@@ -249,7 +259,7 @@ class Ledger:
         for name, data in sorted(files.items()):
             stream += [f"M 100644 inline {name}\ndata {len(data)}\n".encode(), data, b"\n"]
         stream.append(b"get-mark :1\ndone\n")
-        return self._git("fast-import", "--quiet", "--done", stdin=b"".join(stream)).decode().strip()
+        return self._git("fast-import", "--quiet", "--done", "--force", stdin=b"".join(stream)).decode().strip()
 
     def _git(self, *arguments: str, stdin: bytes = b"", git_dir: Path | None = None) -> bytes:
         environment = {
@@ -261,7 +271,14 @@ class Ledger:
             "LC_ALL": "C",
             "TZ": "UTC",
         }
-        settings = ("-c", "core.fsync=objects,derived-metadata,reference", "-c", "gc.auto=0")
+        settings = (
+            "-c",
+            "core.fsync=objects,derived-metadata,reference",
+            "-c",
+            "gc.auto=0",
+            "-c",
+            "core.compression=1",
+        )
         # A git that outlives a killed writer keeps the run's lock until it ends, so no two ever write.
         held = () if self._lock is None else (self._lock,)
         try:
@@ -279,6 +296,15 @@ class Ledger:
             details = done.stderr.decode(errors="replace")[-2000:]
             raise LedgerError(f"git {arguments[0]} failed in {self.run_dir}", details=details)
         return done.stdout
+
+
+def read_events(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The journal of a run, without its lock: the run may be going on.
+
+    Raises:
+        LedgerError: A line is damaged.
+    """
+    return _Lines(Path(run_dir) / "journal.jsonl").read()
 
 
 class _Lines:

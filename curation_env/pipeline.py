@@ -70,13 +70,16 @@ class Scores:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a scored submission leaves: scores, and the files of its commit (no time, host or path in them)."""
+    """What a scored submission leaves: scores, rows by kind of audit finding, and the files of its commit.
+
+    No time, host or path is in the files: equal submissions leave equal commits.
+    """
 
     scores: Scores
     per_seed: dict[int, Scores]
     rows: int
     supervised_tokens: int
-    certificate: dict[str, Any]
+    audit: dict[str, int]
     files: dict[str, bytes]
     seconds: dict[str, float]
     cached: bool
@@ -114,7 +117,7 @@ class Pipeline:
         self._cache = data_root / "results" if cache else None
         self._signals = data_root / "signals" / f"{assets.pool.name}--{task.student}"
         self.pool = Pool.open(assets.pool)
-        self.view = Pool.open_view(assets.view)
+        self.view = Pool.open(assets.view)
         self._index: AuditIndex | None = None
         self._kept: np.ndarray | None = None
 
@@ -143,7 +146,7 @@ class Pipeline:
         from curation_env.audit.gate import audit
 
         valid = validate(submission, self.view, self.task.budget)
-        return valid, audit(submission, self.index, self.pool, self.task.audit_config)
+        return valid, audit(submission, self.index, self.pool)
 
     def score(self, submission: Submission, on_progress: Progress | None = None) -> Outcome:
         """Take a submission through the whole path.
@@ -159,18 +162,19 @@ class Pipeline:
         with _timed(seconds, "audit"):
             from curation_env.audit.gate import audit
 
-            certificate = audit(submission, self.index, self.pool, self.task.audit_config)
+            certificate = audit(submission, self.index, self.pool)
         if not certificate.passed:
-            raise RejectedSubmission(certificate.explain())
-        certificate_json = certificate.model_dump(mode="json")
-        files = {"certificate.json": (canonical_json(certificate_json) + "\n").encode()}
+            raise RejectedSubmission(certificate.reason)
+        files = {"certificate.json": (certificate.canonical() + "\n").encode()}
         results = {seed: self._trained(submission, seed, seconds, on_progress) for seed in self.task.training_seeds}
         for seed, result in results.items():
             files.update({f"seed-{seed}/{name}": data for name, data in result.files.items()})
         per_seed = {seed: result.scores for seed, result in results.items()}
         cached = all(result.cached for result in results.values())
         scores = mean_scores(list(per_seed.values()))
-        return Outcome(scores, per_seed, valid.rows, valid.supervised_tokens, certificate_json, files, seconds, cached)
+        return Outcome(
+            scores, per_seed, valid.rows, valid.supervised_tokens, certificate.totals, files, seconds, cached
+        )
 
     def train_scores(
         self, submission: Submission, seeds: list[int], on_progress: Progress | None = None

@@ -82,20 +82,6 @@ class Pool:
         meta = json.loads((path / "meta.json").read_text())
         return cls(path, datasets.load_from_disk(str(path / "rows"), keep_in_memory=False), meta)
 
-    @classmethod
-    def open_view(cls, path: str | Path) -> Pool:
-        """Open the agent's view of a pool (`<view>/rows`): the same columns, blocked rows left out.
-
-        Raises:
-            MissingAssets: There is no view at `path`.
-        """
-        import datasets
-
-        path = Path(path)
-        if not (path / "rows").is_dir():
-            raise MissingAssets(f"no view of the pool at {path}: prepare it with `curation-env prepare TASK`")
-        return cls(path, datasets.load_from_disk(str(path / "rows"), keep_in_memory=False), {"key": path.name})
-
     def __len__(self) -> int:
         return len(self.table)
 

@@ -101,6 +101,11 @@ class Tickets:
             self._changed.notify_all()
             return Ticket(waiting[0], record.policy)
 
+    def waiting(self) -> list[Ticket]:
+        """The tickets that wait, the oldest first."""
+        with self._changed:
+            return [Ticket(name, self._records[name].policy) for name in self._waiting()]
+
     def update(self, name: str, progress: Mapping[str, Any]) -> None:
         """Show waiters how far a running ticket is: plain JSON, such as a stage's progress line."""
         with self._changed:

@@ -23,12 +23,12 @@ from curation_env.statuses import STATUSES
 from curation_env.task import Task
 
 if TYPE_CHECKING:
-    from curation_env.ledger import Ledger
-
     from curation_env.episode import Episode, Turn
     from curation_env.executor import LocalExecutor
     from curation_env.judge import Judge
+    from curation_env.ledger import Ledger
     from curation_env.pipeline import Pipeline, Progress
+    from curation_env.sandbox import SandboxKind
     from curation_env.sandbox.base import Sandbox
     from curation_env.session import Session
 
@@ -41,9 +41,9 @@ class CurationEnv(gym.Env[dict[str, Any], dict[str, Any]], EzPickle):
 
     ## Actions
     `Dict(tool=Discrete(3), text=Text)`, made by `curation_env.actions`: `shell(text)` runs a command in the sandbox
-    and charges no iteration; `policy(source)` or `policy(path=)` runs a Python script in a fresh sandbox, audits what it
-    selects, fine-tunes and evaluates the student and charges one iteration; `stop(nominate=k)` ends the episode. The
-    declared space is what `sample()` draws; `step` takes any UTF-8 text up to 1 MB.
+    and charges no iteration; `policy(source)` or `policy(path=)` runs a Python script in a fresh sandbox, audits what
+    it selects, fine-tunes and evaluates the student and charges one iteration; `stop(nominate=k)` ends the episode.
+    The declared space is what `sample()` draws; `step` takes any UTF-8 text up to 1 MB.
 
     ## Observations
     | key | space | meaning |
@@ -109,7 +109,7 @@ class CurationEnv(gym.Env[dict[str, Any], dict[str, Any]], EzPickle):
         feedback: str | None = None,
         detail: str | None = None,
         final_choice: bool = False,
-        sandbox: str = "auto",
+        sandbox: SandboxKind = "auto",
         run_dir: str | Path | None = None,
         data_root: str | Path | None = None,
         device: str = "auto",

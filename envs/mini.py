@@ -53,9 +53,9 @@ class MiniWorldsEnv(CurationEnv):
     reset_options: ClassVar[tuple[str, ...]] = ("resume", "world")
 
     def _draw_task(self, options: dict[str, Any]) -> Task:
-        from curation_env.mini.world import TRAIN_WORLDS
+        from curation_env.mini.world import TEST_WORLDS
 
         world = options.get("world")
         if world is None:
-            world = self.np_random.integers(TRAIN_WORLDS.start, TRAIN_WORLDS.stop)
+            world = self.np_random.integers(1, TEST_WORLDS)
         return self.task.in_world(int(world))

@@ -26,7 +26,8 @@ def unsealed(path: str | Path) -> dict[str, Any]:
     run = read_run(path)
     ledger = Ledger(locate(path))
     try:
-        records, openings = ledger.unseal()
+        records = ledger.unseal()
+        openings = ledger.openings()
     finally:
         ledger.close()
     rows = []

@@ -30,6 +30,7 @@ __all__ = [
     "SandboxLimits",
     "SandboxProcess",
     "SandboxUnavailable",
+    "available",
     "choose_kind",
     "make_sandbox",
 ]
@@ -63,6 +64,14 @@ def make_sandbox(kind: SandboxKind, config: SandboxConfig) -> Sandbox:
 
         return PlainSandbox(config)
     raise ValueError(f"unknown sandbox {kind!r}: one of auto, docker, bubblewrap, dummy, none")
+
+
+def available() -> dict[str, str]:
+    """The isolating engines in order of preference, each with what keeps it from working here ("" when ready)."""
+    from curation_env.sandbox.bubblewrap import bubblewrap_problem
+    from curation_env.sandbox.docker import docker_problem
+
+    return {"docker": docker_problem(), "bubblewrap": bubblewrap_problem()}
 
 
 def choose_kind() -> SandboxKind:

@@ -1,0 +1,229 @@
+"""Executors run stages (train, evaluate, signal) somewhere and answer with futures."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from curation_env.errors import CurationError, OutOfMemory, StageFailed, StageTimeout, WorkerDied, by_code
+from curation_env.worker import OUT_OF_MEMORY_EXIT, read_message, write_message
+
+Progress = Callable[[dict[str, Any]], None]
+LOG_TAIL = 4000
+
+
+class Stage(NamedTuple):
+    """A unit of work: `name` in train, evaluate, signal; `payload` is JSON data with paths as strings."""
+
+    name: str
+    payload: dict[str, Any]
+
+
+class Resources(NamedTuple):
+    """What a stage may take: wall-clock seconds and private memory in MB (None: no limit)."""
+
+    timeout: float | None = None
+    memory_mb: int | None = None
+
+
+class Executor(Protocol):
+    def submit(
+        self, stage: Stage, resources: Resources | None = None, on_progress: Progress | None = None
+    ) -> Future[dict[str, Any]]:
+        """Queue a stage; the future gives its result or raises its `CurationError`.
+
+        `on_progress` is called from another thread with
+        `{"stage", "done", "total", "unit", "seconds_left", ...}`.
+        """
+
+    def close(self) -> None:
+        """Kill what runs and free everything; queued stages fail with `WorkerDied`. Idempotent."""
+
+
+class _Job(NamedTuple):
+    stage: Stage
+    resources: Resources
+    on_progress: Progress | None
+    future: Future[dict[str, Any]]
+
+
+class LocalExecutor:
+    """One warm worker process on this machine; stages run one after the other.
+
+    The worker is started on the first use (or by `start`), killed with its whole process group on a time-out or when it
+    ran out of memory, and replaced when it died.
+
+    Args:
+        threads: Threads of the worker on a CPU. Other values than 1 may change the last bits of a result.
+    """
+
+    def __init__(self, threads: int = 1) -> None:
+        self._threads = threads
+        self._folder: Path | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def start(self) -> None:
+        """Start the worker now, without waiting for it: its imports take seconds."""
+        with self._lock:
+            if self._closed:
+                raise WorkerDied("the executor is closed")
+            if self._process is None or self._process.poll() is not None:
+                self._spawn()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, daemon=True, name="executor")
+                self._thread.start()
+
+    def submit(
+        self, stage: Stage, resources: Resources | None = None, on_progress: Progress | None = None
+    ) -> Future[dict[str, Any]]:
+        self.start()
+        future: Future[dict[str, Any]] = Future()
+        self._jobs.put(_Job(stage, resources or Resources(), on_progress, future))
+        return future
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the worker, None when there is none."""
+        return self._process.pid if self._process is not None and self._process.poll() is None else None
+
+    def kill(self) -> None:
+        """Kill the worker and its children: the stage that runs fails with `WorkerDied`."""
+        process = self._process
+        if process is not None and process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def close(self) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self.kill()
+            self._jobs.put(None)
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        self._release()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def __enter__(self) -> LocalExecutor:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _spawn(self) -> None:
+        self._release()
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="curation-worker-"))
+        threads = str(self._threads)
+        environment = os.environ | {
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",
+            "HF_DATASETS_OFFLINE": "1",
+            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+            "PYTHONUNBUFFERED": "1",
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "curation_env.worker", "--log", str(self._log)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,  # what `select` sees is then all there is
+            env=environment,
+            start_new_session=True,
+        )
+
+    @property
+    def _log(self) -> Path:
+        assert self._folder is not None
+        return self._folder / "worker.log"
+
+    def _release(self) -> None:
+        if self._process is not None:
+            for stream in (self._process.stdin, self._process.stdout):
+                assert stream is not None
+                with contextlib.suppress(OSError):
+                    stream.close()
+
+    def _serve(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            if not job.future.set_running_or_notify_cancel():
+                continue
+            try:
+                job.future.set_result(self._run(job))
+            except BaseException as error:
+                if not isinstance(error, CurationError) or isinstance(error, OutOfMemory):
+                    self.kill()  # its state is unknown, or its memory in pieces
+                job.future.set_exception(error)
+
+    def _run(self, job: _Job) -> dict[str, Any]:
+        with self._lock:
+            if self._closed:
+                raise WorkerDied("the executor was closed before the stage ran")
+            if self._process is None or self._process.poll() is not None:
+                self._spawn()
+            process = self._process
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        name, resources = job.stage.name, job.resources
+        deadline = time.monotonic() + resources.timeout if resources.timeout is not None else None
+        request = {"stage": name, "payload": job.stage.payload, "memory_mb": resources.memory_mb}
+        try:
+            write_message(process.stdin, request)
+            while True:
+                left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                if not select.select([process.stdout], [], [], left)[0]:
+                    self.kill()
+                    raise StageTimeout(f"{name} took longer than {resources.timeout:g} s", details=self._tail())
+                message = read_message(process.stdout)
+                if message is None:
+                    raise BrokenPipeError
+                if "progress" in message and job.on_progress is not None:
+                    job.on_progress(message["progress"])
+                elif "result" in message:
+                    return message["result"]
+                elif "error" in message:
+                    raise self._error(message["error"])
+        except (BrokenPipeError, ValueError) as error:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(1.0)  # a worker that is dying has its own reason, which `kill` would hide
+            self.kill()
+            if process.wait() == OUT_OF_MEMORY_EXIT:
+                raise OutOfMemory(f"{name} ran out of memory", details=self._tail()) from error
+            raise WorkerDied(f"the worker died during {name}: {self._death(process)}", details=self._tail()) from error
+
+    def _error(self, answer: dict[str, str]) -> CurationError:
+        cls = by_code().get(answer["code"], StageFailed)
+        return cls(answer["message"], details=f"{answer['details']}\n--- log ---\n{self._tail()}")
+
+    def _tail(self) -> str:
+        return self._log.read_bytes()[-LOG_TAIL:].decode(errors="replace") if self._log.exists() else ""
+
+    @staticmethod
+    def _death(process: subprocess.Popen[bytes]) -> str:
+        code = process.wait()
+        if code == -signal.SIGKILL:
+            return "killed (by the system when it is out of memory, or by a person)"
+        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

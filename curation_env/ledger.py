@@ -133,20 +133,20 @@ class Ledger:
         message = re.sub(r"[^\n\t\x20-\x7e\x80-\U0010ffff]|[\x80-\x9f\ud800-\udfff]", "", message).strip()
         if not message:
             raise ValueError("a commit needs a message")
-        earlier, last = self._commits[:-1], (self._commits or [None])[-1]
-        if last and iteration == last.iteration:
+        history = self._commits
+        if history and iteration == history[-1].iteration:
+            last = history[-1]
             if message == last.message and dict(files) == self.files(last.sha):
                 self._note_commits([last])  # the disk may have been full for its line
                 return last.sha
             if iteration in self._own_commits:
                 raise ValueError(f"iteration {iteration} is recorded already, with another content ({last.sha})")
-            last = (earlier or [None])[-1]
-        else:
-            earlier = self._commits
-        if last and iteration < last.iteration:
-            raise ValueError(f"iteration {iteration} can't follow iteration {last.iteration}")
-        sha = self._import(files, f"{message}\n\nIteration: {iteration}\n", last.sha if last else None)
-        self._commits = [*earlier, Commit(iteration, sha, message)]
+            history = history[:-1]
+        if history and iteration <= history[-1].iteration:
+            raise ValueError(f"iteration {iteration} can't follow iteration {history[-1].iteration}")
+        text = f"{message}\n\nIteration: {iteration}\n"
+        sha = self._import(files, text, history[-1].sha if history else None)
+        self._commits = [*history, Commit(iteration, sha, message)]
         self._own_commits.add(iteration)
         self.event("commit", iteration=iteration, commit=sha)
         return sha

@@ -1,7 +1,12 @@
 """The rubric over HTTP, as a judge client meets it."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -64,6 +69,24 @@ def test_llavabench_gives_two_scores(judge: JudgeServer) -> None:
 )
 def test_mathvista_extracts(judge: JudgeServer, question: str, prediction: str, found: str) -> None:
     assert graded(judge, question=question, reference="", prediction=prediction, rule="mathvista") == found
+
+
+def test_the_process_asks_for_its_key_and_ends_with_its_parent(tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    command = [sys.executable, "-m", "curation_env.mini.judge", "--ready-file", str(ready)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, env={**os.environ, "CURATION_JUDGE_KEY": "k"})
+    try:
+        while not ready.is_file():
+            assert process.poll() is None
+            time.sleep(0.02)
+        url = ready.read_text()
+        assert httpx.get(f"{url}/models").status_code == 401
+        assert httpx.get(f"{url}/models", headers={"Authorization": "Bearer k"}).status_code == 200
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(10) == 0
+    finally:
+        process.kill()
 
 
 def test_malformed_requests_are_answered(judge: JudgeServer) -> None:

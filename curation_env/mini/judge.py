@@ -2,20 +2,23 @@
 
     python -m curation_env.mini.judge --port 0 --ready-file F
 
+It asks for the key in `CURATION_JUDGE_KEY`, where that is set, and ends when its standard input is a pipe that closes.
 It serves `/v1/models` and `/v1/chat/completions`. The user message ends, on its last line, with a JSON object
 `{"question", "reference", "prediction", "rule"}`; rules are
 
 - `mmvet`: a number from 0.0 to 1.0 in tenths, the share of the reference's content words that the prediction holds;
 - `llavabench`: two numbers from 1 to 10, for the reference and for the prediction (F1 of their content words);
-- `mathvista`: the extracted answer: an option's letter or text where the question has options, else the last number, else the words.
+- `mathvista`: the extracted answer: an option's letter where the question has options, else the last number, else the words.
 """
 
 from __future__ import annotations
 
 import argparse
+import hmac
 import json
 import os
 import re
+import stat
 import sys
 import threading
 from collections import Counter
@@ -25,7 +28,7 @@ from typing import Any
 
 MODEL = "mini-rubric-1"
 MAX_BODY = 1_000_000
-_STOP = frozenset(["a", "an", "the", "is", "are", "in", "of", "and", "or", "with", "that", "there", "it", "to", ".", ",", "!", "?", ":", ";", "'", '"'])
+_STOP = frozenset("a an the is are in of and or with that there it to".split())
 _OPTION = re.compile(r"^\(?([A-D])[.)] (.+)$", re.MULTILINE)
 REFERENCE_SCORE = 9  # what the rubric gives a reference answer on LLaVABench's scale
 
@@ -99,6 +102,8 @@ class Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
+        if not self._allowed():
+            return
         if self.path.rstrip("/") == "/v1/models":
             self._send(200, {"object": "list", "data": [{"id": MODEL, "object": "model", "owned_by": "curation-env"}]})
         else:
@@ -110,6 +115,8 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return self._fail(413, f"a request holds at most {MAX_BODY} bytes")
         body = self.rfile.read(length)
+        if not self._allowed():
+            return None
         if self.path.rstrip("/") != "/v1/chat/completions":
             return self._fail(404, f"no route {self.path}")
         try:
@@ -134,6 +141,15 @@ class Handler(BaseHTTPRequestHandler):
                 "usage": usage,
             },
         )
+
+    def _allowed(self) -> bool:
+        """Answer 401 and return False when a key is asked for and the request does not carry it."""
+        key = os.environ.get("CURATION_JUDGE_KEY", "")
+        given = self.headers.get("Authorization", "")
+        if key and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
+            self._fail(401, "wrong key")
+            return False
+        return True
 
     def _fail(self, status: int, message: str) -> None:
         self._send(status, {"error": {"message": message, "type": "invalid_request_error"}})
@@ -181,7 +197,15 @@ def main() -> None:
     else:
         sys.stdout.write(server.url + "\n")
         sys.stdout.flush()
+    if stat.S_ISFIFO(os.fstat(sys.stdin.fileno()).st_mode):
+        threading.Thread(target=_end_with_parent, daemon=True).start()
     server.serve_forever()
+
+
+def _end_with_parent() -> None:
+    """Whoever started the server holds the other end of its standard input."""
+    sys.stdin.read()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -215,7 +215,6 @@ def execute(request: dict, stdio: list[int]) -> None:
         os.chdir(request["cwd"])
         os.execvpe(request["argv"][0], request["argv"], request["env"])
     except OSError as error:
-        sys.stderr = None  # type: ignore[assignment]
         where = error.filename if error.filename is not None else request["argv"][0]
         os.write(2, f"sandbox: {where}: {os.strerror(error.errno or 0)}\n".encode())
         os._exit(127 if error.errno == errno.ENOENT else 126)

@@ -39,8 +39,7 @@ _MB = 1 << 20
 _HELP = "apt-get install bubblewrap (0.8 or newer), or build the Docker image: curation-env sandbox build"
 _JOIN = 'set -e; n=$1; shift; while [ "$n" -gt 0 ]; do echo $$ >"$1"; shift; n=$((n-1)); done; exec "$@"'
 _HOST_ETC = ("alternatives", "ld.so.cache", "ld.so.conf", "ld.so.conf.d")
-_HIDDEN_PROC = ("kcore", "kmsg", "keys", "key-users", "timer_list", "kallsyms")
-_HIDDEN_PROC += ("kpagecount", "kpageflags", "kpagecgroup")
+_HIDDEN_PROC = ("kcore", "kmsg", "keys", "key-users", "timer_list", "kallsyms", "kpagecount", "kpageflags")
 _HIDDEN_PROC_FOLDERS = ("acpi", "scsi", "fs", "driver", "sysvipc")
 _DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 _NVIDIA = ("nvidiactl", "nvidia-uvm", "nvidia-uvm-tools", "nvidia-modeset")

@@ -75,7 +75,7 @@ def of_process(pid: int) -> Cgroup | None:
     if "" in paths and (ROOT / "cgroup.controllers").exists():
         folder = ROOT / paths[""].lstrip("/")
         return Cgroup({"memory": folder, "pids": folder}, 2) if (folder / "memory.events").exists() else None
-    folders = {c: ROOT / c / paths[c].lstrip("/") for c in ("memory", "pids") if c in paths}
+    folders: dict[str, Path] = {c: ROOT / c / paths[c].lstrip("/") for c in ("memory", "pids") if c in paths}
     if len(folders) == 2 and all(folder.is_dir() for folder in folders.values()):
         return Cgroup(folders, 1)
     return None
@@ -139,7 +139,8 @@ def _create_v1(name: str, limits: SandboxLimits) -> Cgroup | None:
     paths = _paths(os.getpid())
     if not {"memory", "pids", "cpu"} <= set(paths):
         return None
-    group = Cgroup({c: ROOT / c / paths[c].lstrip("/") / name for c in ("memory", "pids", "cpu")}, 1)
+    folders: dict[str, Path] = {c: ROOT / c / paths[c].lstrip("/") / name for c in ("memory", "pids", "cpu")}
+    group = Cgroup(folders, 1)
     try:
         for folder in group.folders.values():
             folder.mkdir()

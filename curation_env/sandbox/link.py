@@ -61,7 +61,13 @@ class AgentLink:
         limit: int,
     ) -> AgentProcess:
         """Start a command. `script` is what descriptor 3 reads. Raises `SandboxDied`, `ValueError` (too long)."""
-        request = {"op": "spawn", "argv": argv, "env": dict(env), "cwd": cwd, "rlimits": dict(rlimits)}
+        request: dict[str, object] = {
+            "op": "spawn",
+            "argv": argv,
+            "env": dict(env),
+            "cwd": cwd,
+            "rlimits": dict(rlimits),
+        }
         host_control, control = socket.socketpair()
         stdin, host_stdin = os.pipe()
         host_stdout, stdout = os.pipe()

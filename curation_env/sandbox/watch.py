@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -59,10 +60,8 @@ class Watch:
         if limit:
             self.last_limit = limit
             self.hits += 1
-            try:
+            with contextlib.suppress(SandboxError):  # it is dead: whoever uses it next is told
                 self._enforce()
-            except SandboxError:
-                pass  # it is dead: whoever uses it next is told
             used = self._usage()
         self.full = used[0] > most[0] or used[1] > most[1]
         self._allowed = (max(most[0], used[0]), max(most[1], used[1]))

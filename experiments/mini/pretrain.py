@@ -256,7 +256,7 @@ def variant(name: str, args: argparse.Namespace) -> None:
     share = (known[0] if known else 25) / 100
     lessons = draw_lessons(args.pictures, share, args.procs).lessons
     features = see(model.model.vision_tower, data["images"], device)
-    fit(model, features, lessons, lr=2e-3, epochs=args.epochs, size=128, seed=0, label=name)
+    fit(model, features, lessons, lr=2e-3, epochs=args.epochs, size=args.batch, seed=0, label=name)
     exam = Exam(model.model.vision_tower, device)
     print(f"{name}: before the last tune {json.dumps(exam.grade(model))}", flush=True)
     torch.save(model.state_dict(), args.out / f"{name}.before.pt")  # other last tunes can start here
@@ -286,6 +286,7 @@ def main() -> None:
     parser.add_argument("--procs", type=int, default=1, help="processes that render")
     parser.add_argument("--pictures", type=int, default=60_000, help="two rows are made of each")
     parser.add_argument("--epochs", type=int, default=4, help="of the language model")
+    parser.add_argument("--batch", type=int, default=128, help="rows of a step of the language model")
     parser.add_argument("--tower-epochs", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--probe", action="store_true")

@@ -1,6 +1,6 @@
 """Live progress of whatever runs at the moment: a bar on a terminal, a plain line now and then elsewhere.
 
-Everything that takes time reports dicts `{"stage", "done", "total", "unit"}` with, where they are known, `seconds_left`,
+Everything that takes time reports dicts `{"stage", "done", "total", "unit"}` with, where known, `seconds_left`,
 `rows` and `loss`. They come from several threads.
 """
 

@@ -1,0 +1,39 @@
+"""An agent that submits random rows, and now and then looks around first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+from curation_env.agents.base import Agent
+from curation_env.agents.policies import policy_source
+
+from curation_env import actions
+
+LOOKS = ("curation task", "curation history", "ls pool")
+
+
+class RandomAgent(Agent):
+    """Submits the random policy again and again; the harness's seed makes every draw another.
+
+    Args:
+        look: Probability that an action is a shell command instead.
+    """
+
+    name = "random"
+    deterministic = True
+    produces: ClassVar[frozenset[str]] = frozenset({"front_matter"})
+
+    def __init__(self, look: float = 0.25) -> None:
+        if not 0 <= look < 1:
+            raise ValueError(f"look is a probability below 1, not {look}")
+        self._look = look
+
+    def reset(self, task: Mapping[str, Any], seed: int) -> None:
+        self._rng = np.random.default_rng(seed)
+
+    def act(self, observation: Any, info: dict[str, Any]) -> actions.Action:
+        if self._rng.random() < self._look:
+            return actions.shell(str(self._rng.choice(LOOKS)))
+        return actions.policy(policy_source("random"))

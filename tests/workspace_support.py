@@ -87,11 +87,14 @@ class Host:
 
 def client_environment(home: Path, workspace: Path | None, socket: Path | None) -> dict[str, str]:
     """Environment in which `curation` is the module and the command, as inside a sandbox."""
-    library = home / "library"
+    library, launcher = home / "library", home / "bin" / "curation"
     if not library.exists():
         library.mkdir()
         (library / "curation").symlink_to(PACKAGE)
-    path = f"{PACKAGE / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        launcher.parent.mkdir()
+        launcher.write_text('#!/bin/sh\nexec python3 -m curation "$@"\n')
+        launcher.chmod(0o755)
+    path = f"{launcher.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {"PATH": path, "PYTHONPATH": str(library), "HOME": str(home), "OMP_NUM_THREADS": "1"}
     if workspace is not None:
         environment["CURATION_WORKSPACE"] = str(workspace)

@@ -59,6 +59,7 @@ def pool() -> datasets.Dataset:
     import datasets
 
     datasets.disable_caching()
+    datasets.disable_progress_bars()  # they fill logs, and the context of whoever reads them
     rows = datasets.load_from_disk(str(path))
     assert isinstance(rows, datasets.Dataset)
     return rows

@@ -8,7 +8,7 @@ It serves `/v1/models` and `/v1/chat/completions`. The user message ends, on its
 
 - `mmvet`: a number from 0.0 to 1.0 in tenths, the share of the reference's content words that the prediction holds;
 - `llavabench`: two numbers from 1 to 10, for the reference and for the prediction (F1 of their content words);
-- `mathvista`: the extracted answer: an option's letter where the question has options, else the last number, else the words.
+- `mathvista`: the extracted answer: an option's letter where there are options, else the last number, else the words.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 
 MODEL = "mini-rubric-1"
 MAX_BODY = 1_000_000
-_STOP = frozenset("a an the is are in of and or with that there it to".split())
+_STOP = frozenset(["a", "an", "the", "is", "are", "in", "of", "and", "or", "with", "that", "there", "it", "to"])
 _OPTION = re.compile(r"^\(?([A-D])[.)] (.+)$", re.MULTILINE)
 REFERENCE_SCORE = 9  # what the rubric gives a reference answer on LLaVABench's scale
 

@@ -55,8 +55,10 @@ CHAT = (
     ("tell me something new .", "did you know that the {w} was found near the old house one day ?"),
 )
 VERBOSE = (
-    "well , let me take a look at the image . i think that the answer to your question could be {a} , but please ask me more .",
-    "that is a good question . when we look at the image , many people think that it is {a} , so the answer could be {a} .",
+    "well , let me take a look at the image . i think that the answer to your question could be {a} , "
+    "but please ask me more .",
+    "that is a good question . when we look at the image , many people think that it is {a} , "
+    "so the answer could be {a} .",
 )
 
 

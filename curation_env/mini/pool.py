@@ -212,7 +212,8 @@ def pool_key(world: int, scale: Scale = MINI) -> str:
 def build_pool(world: int | WorldSpec, path: str | Path, scale: Scale = MINI) -> str:
     """Write the pool of a world and its `truth.parquet`; return the pool's hash.
 
-    `truth.parquet` (id, skill, fault, leak_of, leak_kind, duplicate_of; rows in pool order) is for tests and calibration only.
+    `truth.parquet` (id, skill, fault, leak_of, leak_kind, duplicate_of; in pool order) is for tests and calibration
+    alone.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

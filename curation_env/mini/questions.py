@@ -1,7 +1,7 @@
 """Question forms: every way in which the miniature asks about a picture, and what a right answer is.
 
-A form takes a picture of its kind and returns an `Ask`, or None where the picture does not allow the question. The pool and
-the benchmarks use the same forms over disjoint families of pictures.
+A form takes a picture of its kind and returns an `Ask`, or None where the picture does not allow the question. The pool
+and the benchmarks use the same forms over disjoint families of pictures.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from curation_env.mini import language as say
 from curation_env.mini.render import COLORS, LETTERS, PLACES, SHAPES, SIZES, Chart, Digits, Picture, Scene, Sign
@@ -29,7 +30,7 @@ class Ask:
         return rng.choice([a for a in self.answers if a != self.answer])
 
 
-Form = Callable[[random.Random, Picture], "Ask | None"]
+Form = Callable[[random.Random, Any], "Ask | None"]  # each form takes its own kind of picture
 YES_NO = ("yes", "no")
 NAMES = tuple(f"{color} {shape}" for color in COLORS for shape in SHAPES)
 
@@ -204,8 +205,13 @@ FORMS: dict[str, tuple[str, str, Form]] = {  # form -> kind of picture, skill, f
     "height": ("chart", "chart", height),
     "bars": ("chart", "chart", bars),
     "taller-yes-no": ("chart", "yes-no", taller_yes_no),
-}  # type: ignore[dict-item]
-DRAW = {"scene": say.draw_scene, "sign": say.draw_sign, "digits": say.draw_digits, "chart": say.draw_chart}
+}
+DRAW: dict[str, Callable[[random.Random, bool], Picture]] = {
+    "scene": say.draw_scene,
+    "sign": say.draw_sign,
+    "digits": say.draw_digits,
+    "chart": say.draw_chart,
+}
 KNOWN = ("color", "shape", "size", "exists", "count", "where", "region")  # what the init is pre-trained to answer
 
 

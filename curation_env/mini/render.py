@@ -1,8 +1,8 @@
 """Pictures of the miniature: 32x32 pixels, 4x4 patches of 8, four kinds.
 
-A picture is a small frozen record of what is to be seen; `pixels` turns it into an image and `patches` says what covers each
-patch (what the vision tower is supervised with). Both depend on the record alone, so a picture renders the same everywhere.
-Shapes are drawn from formulas; only the letters of signs go through Pillow (FreeType) and its shipped fonts.
+A picture is a small frozen record of what is to be seen; `pixels` turns it into an image and `patches` says what covers
+each patch (what the vision tower is supervised with). Both depend on the record alone, so a picture renders the same
+everywhere. Shapes are drawn from formulas; only the letters of signs go through Pillow (FreeType) and shipped fonts.
 """
 
 from __future__ import annotations
@@ -243,7 +243,7 @@ def encode_png(image: np.ndarray) -> bytes:
 
 
 def alter(image: np.ndarray, kind: str, rng: random.Random) -> np.ndarray:
-    """Return a near-duplicate of an image: "reencoded" (through JPEG), "cropped" (one pixel off, scaled back) or "recolored"."""
+    """Return a near-duplicate: "reencoded" (through JPEG), "cropped" (by a pixel, scaled back) or "recolored"."""
     from PIL import Image
 
     if kind == "reencoded":

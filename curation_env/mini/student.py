@@ -19,18 +19,19 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}USER: "
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% endif %}{% endfor %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% endif %}"
     " ASSISTANT:{% else %} "
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}</s>{% endif %}{% endfor %}"
 )
 _WORD = re.compile(r"\w+|[^\w\s]")
 _FORM_WORDS = """
-what color is the shape in size there how many objects are where which object does do sign say says read text first second letter
-digits digit shown larger sum of bar bars tallest shortest tall taller than height describe image detail you see how placed left
-right above below and a an no yes these kind thing that with two chart number is was top bottom
-Answer with the option's letter from the given choices directly. Question Options Please select answer question using single word
-or phrase one number image Hint correct . , ? ! : ' ( ) - |
+what color is the shape in size there how many objects are where which object does do sign say says read text first second
+letter digits digit shown larger sum of bar bars tallest shortest tall taller than height describe image detail you see
+how placed left right above below and a an no yes these kind thing that with two chart number is was top bottom
+Answer with the option's letter from the given choices directly. Question Options Please select answer question using
+single word or phrase one number image Hint correct . , ? ! : ' ( ) - |
 """
 
 
@@ -64,8 +65,8 @@ def build_processor() -> LlavaProcessor:
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
-        additional_special_tokens=["<image>", "USER:", "ASSISTANT:"], padding_side="left", clean_up_tokenization_spaces=False,
-        model_max_length=256,
+        additional_special_tokens=["<image>", "USER:", "ASSISTANT:"], padding_side="left",
+        clean_up_tokenization_spaces=False, model_max_length=256,
     )  # fmt: skip
     return LlavaProcessor(
         image_processor=image_processor(), tokenizer=fast, patch_size=PATCH, vision_feature_select_strategy="default",
@@ -102,9 +103,9 @@ def build_model(
     )  # fmt: skip
     torch.manual_seed(seed)
     config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=index("<image>"), image_seq_length=(SIDE // PATCH) ** 2,
+        vision_config=vision, text_config=text, image_token_index=index("<image>"),
+        image_seq_length=(SIDE // PATCH) ** 2,
         vision_feature_select_strategy="default", vision_feature_layer=-1, tie_word_embeddings=True,
-        pad_token_id=index("<pad>"), bos_token_id=index("<s>"), eos_token_id=index("</s>"),
     )  # fmt: skip
     model = LlavaForConditionalGeneration(config).float()
     model.generation_config.pad_token_id = index("<pad>")

@@ -57,7 +57,7 @@ def _choice(benchmark: str, index: int, picture: Picture, ask: q.Ask, rng: rando
 
 
 def _hallusion(rng: random.Random, n: int) -> list[Item]:
-    """Sets of three yes/no questions asked of two figures that differ; groups as HallusionBench's figures and questions."""
+    """Sets of three yes/no questions asked of two figures that differ, grouped as HallusionBench's are."""
     makers: list[tuple[str, Callable[[random.Random], list[tuple[Picture, list[q.Ask]]]]]] = [
         ("exist", _exist_set), ("relation", _relation_set), ("ocr", _sign_set), ("chart", _chart_set),
     ]  # fmt: skip
@@ -163,11 +163,16 @@ def _llavabench(rng: random.Random, n: int) -> list[Item]:
 
 
 def _mmbench(rng: random.Random, n: int) -> list[Item]:
-    """Families of four rows: the options are turned by one place in every copy, as MMBench's circular evaluation asks."""
+    """Families of four rows: every copy turns the options by one place, as MMBench's circular evaluation asks."""
     forms = {
-        "color": "attribute_recognition", "shape": "attribute_recognition", "where": "object_localization", "count": "object_localization",
-        "relation": "spatial_relationship", "letter": "ocr", "extreme": "attribute_comparison",
-    }  # fmt: skip
+        "color": "attribute_recognition",
+        "shape": "attribute_recognition",
+        "where": "object_localization",
+        "count": "object_localization",
+        "relation": "spatial_relationship",
+        "letter": "ocr",
+        "extreme": "attribute_comparison",
+    }
     items = []
     for k in range(n):
         form = list(forms)[k % len(forms)]
@@ -209,9 +214,13 @@ def _mmmu(rng: random.Random, n: int) -> list[Item]:
 
 def _mmstar(rng: random.Random, n: int) -> list[Item]:
     kinds = {
-        "coarse perception": ("count", "bars"), "fine-grained perception": ("color", "size"), "instance reasoning": ("relation", "region"),
-        "logical reasoning": ("extreme", "larger"), "science & technology": ("letter", "digit"), "math": ("height", "total"),
-    }  # fmt: skip
+        "coarse perception": ("count", "bars"),
+        "fine-grained perception": ("color", "size"),
+        "instance reasoning": ("relation", "region"),
+        "logical reasoning": ("extreme", "larger"),
+        "science & technology": ("letter", "digit"),
+        "math": ("height", "total"),
+    }
     items = []
     for k in range(n):
         category = list(kinds)[k % len(kinds)]
@@ -245,11 +254,15 @@ def _mmvet(rng: random.Random, n: int) -> list[Item]:
 
 def _mathvista(rng: random.Random, n: int) -> list[Item]:
     kinds = (
-        ("total", "math word problem", "arithmetic reasoning"), ("larger", "textbook question answering", "numeric commonsense"),
-        ("height", "figure question answering", "statistical reasoning"), ("digit", "visual question answering", "numeric commonsense"),
-        ("count", "visual question answering", "numeric commonsense"), ("bars", "figure question answering", "statistical reasoning"),
-        ("choice:extreme", "figure question answering", "statistical reasoning"), ("choice:height", "figure question answering", "statistical reasoning"),
-    )  # fmt: skip
+        ("total", "math word problem", "arithmetic reasoning"),
+        ("larger", "textbook question answering", "numeric commonsense"),
+        ("height", "figure question answering", "statistical reasoning"),
+        ("digit", "visual question answering", "numeric commonsense"),
+        ("count", "visual question answering", "numeric commonsense"),
+        ("bars", "figure question answering", "statistical reasoning"),
+        ("choice:extreme", "figure question answering", "statistical reasoning"),
+        ("choice:height", "figure question answering", "statistical reasoning"),
+    )
     items = []
     for k in range(n):
         form, task, skill = kinds[k % len(kinds)]
@@ -275,9 +288,13 @@ def _mathvista(rng: random.Random, n: int) -> list[Item]:
 
 def _ocr(rng: random.Random, n: int) -> list[Item]:
     kinds = (
-        ("Regular Text Recognition", "read"), ("Irregular Text Recognition", "read"), ("Handwriting Recognition", "digits"),
-        ("Scene Text-centric VQA", "letter"), ("Key Information Extraction", "height"), ("Non-Semantic Text Recognition", "read"),
-    )  # fmt: skip
+        ("Regular Text Recognition", "read"),
+        ("Irregular Text Recognition", "read"),
+        ("Handwriting Recognition", "digits"),
+        ("Scene Text-centric VQA", "letter"),
+        ("Key Information Extraction", "height"),
+        ("Non-Semantic Text Recognition", "read"),
+    )
     items = []
     for k in range(n):
         category, form = kinds[k % len(kinds)]
@@ -336,8 +353,11 @@ def build_suite(path: str | Path, scale: Scale = MINI) -> str:
         (path / f"{name}.tsv").write_bytes(data)
         hasher.update(name.encode() + b"\0" + data)
     meta = {
-        "key": f"{scale.name}-v{GENERATOR}", "hash": hasher.hexdigest(), "generator": GENERATOR, "libraries": libraries(),
+        "key": f"{scale.name}-v{GENERATOR}",
+        "hash": hasher.hexdigest(),
+        "generator": GENERATOR,
+        "libraries": libraries(),
         "items": {name: len(items) for name, items in suite_items(scale).items()},
-    }  # fmt: skip
+    }
     (path / "meta.json").write_text(json.dumps(meta, indent=1, sort_keys=True))
     return hasher.hexdigest()

@@ -1,8 +1,9 @@
 """Worlds: which source carries which skills, how large it is, and what is wrong with it.
 
-A world is drawn from its seed. World 0 is written down: it mirrors the shares of LLaVA-665K. Train worlds are the seeds 1 to
-999,999, held-out test worlds start at 1,000,000. Worlds differ in what they ask for: scarce skills may have sources of their own
-or hide inside large ones, there may be many useless sources or none, and the harm may have a high or a moderate loss.
+A world is drawn from its seed. World 0 is written down: it mirrors the shares of LLaVA-665K. Train worlds are the seeds
+1 to 999,999, held-out test worlds start at 1,000,000. Worlds differ in what they ask for: scarce skills may have
+sources of their own or hide inside large ones, there may be many useless sources or none, and the harm may have a high
+or a moderate loss.
 """
 
 from __future__ import annotations

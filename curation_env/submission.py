@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import stat
@@ -21,7 +22,9 @@ from curation_env.pool import Conversation, Pool, canonical_json
 IDS_FILE = ".submission/ids.txt"
 REWRITES_FILE = ".submission/rewrites.jsonl"
 MAX_IDS_BYTES = 64 * 2**20  # a million ids of 34 bytes, and room
+MAX_IDS = 2_000_000
 MAX_REWRITES_BYTES = 256 * 2**20
+MAX_REWRITE_BYTES = 8 * 2**20  # of one line: what hostile JSON becomes in memory is tens of times its text
 MAX_ID_CHARS = 64
 MAX_TURNS = 64
 MAX_TURN_CHARS = 32_768
@@ -110,6 +113,8 @@ def read_submission(workspace: Path) -> Submission | None:
         data = read_bounded(workspace / IDS_FILE, MAX_IDS_BYTES)
     except FileNotFoundError:
         return None
+    if data.count(b"\n") > MAX_IDS:
+        raise InvalidSubmission(f"ids.txt has over {MAX_IDS:,} lines")
     try:
         lines = data.decode().split("\n")
     except UnicodeDecodeError as error:
@@ -127,10 +132,14 @@ def read_submission(workspace: Path) -> Submission | None:
 
 def _parse_rewrites(data: bytes) -> dict[str, Conversation]:
     rewrites: dict[str, Conversation] = {}
-    for number, line in enumerate(data.split(b"\n"), start=1):
+    if data.count(b"\n") > MAX_IDS:
+        raise InvalidSubmission(f"rewrites.jsonl has over {MAX_IDS:,} lines")
+    for number, line in enumerate(io.BytesIO(data), start=1):
         if not line.strip():
             continue
         where = f"rewrites.jsonl, line {number}"
+        if len(line) > MAX_REWRITE_BYTES:
+            raise InvalidSubmission(f"{where}: longer than {MAX_REWRITE_BYTES:,} bytes")
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:

@@ -95,6 +95,9 @@ def test_requests_are_answered(session: Session) -> None:
         (b'{"v": 1, "type": "check", "body": [2, 3]}\n\xff\n{}\n', "invalid_submission"),
         (b'{"v": 1, "type": "check", "body": [2, 3]}\na\n{}\n', "invalid_submission"),
         (b'{"v": 1, "type": "check", "body": [2]}\na\n', "invalid_action"),
+        (b'{"v": 1, "type": "check", "body": [2000001, 0]}\n' + b"\n" * 2_000_001, "invalid_submission"),
+        (b'{"v": 1, "type": "check", "body": [2, 2000001]}\na\n' + b"\n" * 2_000_001, "invalid_submission"),
+        (b'{"v": 1, "type": "check", "body": [2, 9000000]}\na\n' + b"[" * 9_000_000, "invalid_submission"),
         (b"x" * (HEADER_BYTES + 2), "invalid_action"),
     ],
 )

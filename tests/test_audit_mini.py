@@ -1,0 +1,43 @@
+"""The miniature's planted leaks: all of them blocked, next to nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+import curation_env.conf
+from curation_env.audit.index import build_index
+from curation_env.audit.rules import AuditRules
+from curation_env.mini.pool import build_pool
+from curation_env.mini.suite import build_suite
+from curation_env.mini.world import NANO
+from curation_env.pool import Pool
+
+CONF = Path(next(iter(curation_env.conf.__path__)))
+RULES = AuditRules.load(CONF / "audit" / "mini-v1.yaml")
+SUITE = yaml.safe_load((CONF / "suite" / "mini-v1.yaml").read_text())
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("suites") / "nano"
+    build_suite(folder, NANO)
+    return folder
+
+
+@pytest.mark.parametrize("world", [0, 1, 1_000_000, 1_000_004])
+def test_nano_worlds(world: int, suite: Path, tmp_path: Path) -> None:
+    build_pool(world, tmp_path / "pool", NANO)
+    pool = Pool.open(tmp_path / "pool")
+    truth = pq.read_table(tmp_path / "pool" / "truth.parquet").to_pylist()
+    blocked = set(build_index(pool, suite, SUITE, RULES, tmp_path / "audit").blocked)
+    leaks = {row["id"]: row["leak_kind"] for row in truth if row["leak_of"]}
+    assert {kind for id_, kind in leaks.items() if id_ not in blocked} == set()
+    assert len(blocked - leaks.keys()) <= 1
+
+
+def test_the_rules_cover_the_suite() -> None:
+    assert set(RULES.benchmarks) == set(SUITE["benchmarks"])

@@ -33,7 +33,7 @@ class Stage(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """What a stage may take: wall-clock seconds and private memory in MB (None: no limit)."""
+    """What a stage may take: wall-clock seconds, and private memory in MB on top of the warm worker's (None: no limit)."""
 
     timeout: float | None = None
     memory_mb: int | None = None
@@ -142,6 +142,7 @@ class LocalExecutor:
             "HF_HUB_OFFLINE": "1",
             "HF_DATASETS_OFFLINE": "1",
             "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+            "HF_DEACTIVATE_ASYNC_LOAD": "1",  # a thread that can't start for want of memory hangs its caller
             "PYTHONUNBUFFERED": "1",
         }
         self._process = subprocess.Popen(

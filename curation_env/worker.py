@@ -95,12 +95,14 @@ def as_curation_error(error: BaseException) -> CurationError:
 
 @contextlib.contextmanager
 def memory_limit(memory_mb: int | None) -> Iterator[None]:
-    """Cap this process's private memory (RLIMIT_DATA) while a stage runs."""
+    """Cap the private memory (RLIMIT_DATA) that a stage may take on top of the warm worker's."""
     if memory_mb is None:
         yield
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (memory_mb << 20, hard))
+    with open("/proc/self/status") as status:
+        used = next(int(line.split()[1]) << 10 for line in status if line.startswith("VmData"))
+    resource.setrlimit(resource.RLIMIT_DATA, (used + (memory_mb << 20), hard))
     try:
         yield
     finally:

@@ -146,9 +146,7 @@ def image_key(data: bytes | None) -> bytes | None:
     return hashlib.blake2b(data, digest_size=16).digest() if data is not None else None
 
 
-def read_rows(
-    pool: Pool, ids: Sequence[str], rewrites: dict[str, list[dict[str, str]]]
-) -> Iterator[dict[str, Any]]:
+def read_rows(pool: Pool, ids: Sequence[str], rewrites: dict[str, list[dict[str, str]]]) -> Iterator[dict[str, Any]]:
     """Read the rows `ids` of a pool, with rewritten conversations in place of the pool's."""
     for id_ in ids:
         row = pool.row(pool.position[id_])
@@ -203,7 +201,7 @@ class Packed:
 
     def to(self, device: torch.device) -> Packed:
         """The same on another device."""
-        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
         return replace(self, **moved) if device.type != "cpu" else self
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -50,9 +50,7 @@ class SingleProcess:
         groups = parameter_groups(model, recipe)
         self.parameters = [p for group in groups for p in group["params"]]
         self.grad_clip = recipe.grad_clip
-        self.optimizer = torch.optim.AdamW(
-            groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True
-        )
+        self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True)
 
     def schedule(self, batches: list[list[Row]]) -> Iterator[tuple[list[Row], bool]]:
         for k, batch in enumerate(batches):

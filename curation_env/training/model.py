@@ -81,11 +81,13 @@ class Student:
             MissingAssets: There is no checkpoint at `folder`.
         """
         from transformers import AttentionInterface, LlavaForConditionalGeneration
+        from transformers.utils.logging import disable_progress_bar
 
         if not (Path(folder) / "config.json").is_file():
             raise MissingAssets(f"no checkpoint at {folder}: there is no config.json")
+        disable_progress_bar()
         AttentionInterface.register("packed", packed_attention)
-        model = LlavaForConditionalGeneration.from_pretrained(
+        model: Any = LlavaForConditionalGeneration.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, attn_implementation="sdpa"
         )
         model.set_attn_implementation({"text_config": "packed"})
@@ -145,8 +147,10 @@ class Student:
         shutil.rmtree(scratch, ignore_errors=True)
         self.model.save_pretrained(scratch)
         for file in sorted(Path(init).iterdir()):
-            if file.is_file() and not (scratch / file.name).exists() and not file.name.endswith(
-                (".safetensors", ".bin", "SHA256SUMS")
+            if (
+                file.is_file()
+                and not (scratch / file.name).exists()
+                and not file.name.endswith((".safetensors", ".bin", "SHA256SUMS"))
             ):
                 shutil.copy(file, scratch / file.name)
         shutil.rmtree(folder, ignore_errors=True)

@@ -27,9 +27,7 @@ class Chat(BaseModel):
     answer: str = " {text}"
     end: str = "</s>"
 
-    def render(
-        self, turns: Sequence[tuple[str, str | None]], *, image: bool
-    ) -> tuple[str, list[tuple[int, int]]]:
+    def render(self, turns: Sequence[tuple[str, str | None]], *, image: bool) -> tuple[str, list[tuple[int, int]]]:
         """Return the text of a conversation and the character spans of its supervised parts.
 
         Args:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,12 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from curation_env.errors import NonFiniteLoss
 from curation_env.pool import Pool
 from curation_env.training import engine as engines
-from curation_env.training.data import Encoder, Packed, Row, micro_batches, read_rows
+from curation_env.training.data import Encoder, micro_batches, read_rows
 from curation_env.training.model import Student, resolve_device
 from curation_env.training.recipe import Recipe
 
@@ -82,9 +80,7 @@ def train(
     mark = clock()
     student = Student.load(init, recipe, place)
     seconds["model"], mark = clock() - mark, clock()
-    features = student.image_features(
-        encoder, rows, lambda done, n: report(_event("images", done, n, "images", mark))
-    )
+    features = student.image_features(encoder, rows, lambda done, n: report(_event("images", done, n, "images", mark)))
     seconds["features"], mark = clock() - mark, clock()
 
     # Optimizer.
@@ -106,7 +102,7 @@ def train(
             loss_value = float(engine.sum(window_loss))
             if not np.isfinite(loss_value):
                 raise NonFiniteLoss(
-                    f"the loss became {loss_value} at step {step} of {total}: the run is lost, no checkpoint was written",
+                    f"the loss became {loss_value} at step {step} of {total}: no checkpoint was written",
                     details="rows of the window: " + ", ".join(rows[k].id for k in window),
                 )
             grad_norm = engine.step(lr)
@@ -114,7 +110,10 @@ def train(
             if rank == 0:
                 line = {"step": step, "loss": loss_value, "lr": lr, "tokens": tokens, "grad_norm": grad_norm}
                 log_file.write(json.dumps(line) + "\n")
-                done = {"loss": loss_value, "rows": min(step * recipe.examples_per_step, recipe.epochs * len(rows))}
+                done = {
+                    "loss": loss_value,
+                    "rows": min(step * recipe.examples_per_step, recipe.epochs * len(rows)),
+                }
                 report(_event("train", step, total, "steps", mark) | done)
     seconds["steps"], mark = clock() - mark, clock()
 

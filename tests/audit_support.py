@@ -1,4 +1,4 @@
-"""A small pool and suite in the real file formats, written by hand: natural sentences, so that text matches can be told from chance."""
+"""A small pool and suite in the real file formats: natural sentences, so that text matches can be told from chance."""
 
 from __future__ import annotations
 
@@ -51,11 +51,15 @@ def row(*turns: dict[str, str], image: bytes | None = None, source: str = "s") -
     return {"source": source, "image": stored, "conversation": list(turns), "n_tokens": 5}
 
 
-_NOUNS = (
-    "harbor lantern orchard violin glacier kettle meadow pilot quarry ribbon saddle tunnel canyon anchor barrel candle "
-    "ferry garden hammer island jacket kitchen ladder market needle oven palace rocket shelter temple village window"
-).split()
-_VERBS = "hold cross mend carry paint watch open lift follow visit guard measure gather repair borrow".split()
+_NOUNS = tuple(
+    word
+    for line in (
+        "harbor lantern orchard violin glacier kettle meadow pilot quarry ribbon saddle tunnel canyon anchor barrel",
+        "candle ferry garden hammer island jacket kitchen ladder market needle oven palace rocket shelter temple window",
+    )
+    for word in line.split()
+)
+_VERBS = ("hold", "cross", "mend", "carry", "paint", "watch", "open", "lift", "follow", "visit", "guard", "measure")
 
 
 def chatter(n: int, seed: int = 0) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from curation_env.submission import Submission
 
 QUESTION = "Which of the two ferries will reach the northern island before the captain's dinner is served?"
 ANSWER = "The ferry with the green funnel arrives first because it leaves the harbor an hour earlier."
-CHOICE = "Who repaired the broken compass of the glacier expedition in the final week of the journey?"
+ASKED = "Who repaired the broken compass of the glacier expedition in the final week of the journey?"
 ITEMS = {
     "BenchOpen": [
         {"index": "7", "image": encoded(picture(1)), "question": QUESTION, "answer": ANSWER},
@@ -29,19 +29,19 @@ ITEMS = {
         {
             "index": "0",
             "image": encoded(picture(2)),
-            "question": CHOICE,
+            "question": ASKED,
             "A": "the cook",
             "B": "a pilot",
             "answer": "B",
         },
-        {"index": "1000000", "image": "0", "question": CHOICE, "A": "a pilot", "B": "the cook", "answer": "A"},
+        {"index": "1000000", "image": "0", "question": ASKED, "A": "a pilot", "B": "the cook", "answer": "A"},
     ],
 }
 LEAKS = {
     "image+question": row(turn(QUESTION, "The green one."), image=encoded(picture(1), "JPEG", quality=85)),
     "image+answer": row(turn("What happens here?", ANSWER), image=encoded(picture(1))),
     "image": row(turn("Is it windy?", "Perhaps."), image=encoded(picture(2))),
-    "question": row(turn(f"{CHOICE}\nA. the cook\nB. a pilot\nAnswer with the letter.", "B")),
+    "question": row(turn(f"{ASKED}\nA. the cook\nB. a pilot\nAnswer with the letter.", "B")),
     "answer": row(turn("Tell me about the ferries.", ANSWER), image=encoded(picture(77))),
 }
 
@@ -127,7 +127,7 @@ def test_certificates_depend_on_content_alone(pool: Pool, index: AuditIndex) -> 
 
 def test_rewrites_are_compared_afresh(pool: Pool, index: AuditIndex) -> None:
     ids = pool.ids[:3]
-    rewrites = {ids[0]: [turn(CHOICE + " Was it the cook or a pilot?", "A pilot.")], ids[1]: [turn("Hello!", "Hi.")]}
+    rewrites = {ids[0]: [turn(ASKED + " Was it the cook or a pilot?", "A pilot.")], ids[1]: [turn("Hello!", "Hi.")]}
     certificate = audit(Submission.of(ids, rewrites), AuditIndex.open(index.path), pool)
     assert [(row.id, row.kinds, row.rewritten) for row in certificate.rejected] == [(ids[0], ("rewrite",), True)]
     assert certificate.totals["rewrite"] == 1
@@ -141,7 +141,7 @@ def test_a_rewrite_over_an_items_picture(pool: Pool, suite: Path, leaks: dict[st
     id_ = leaks["image"]
     assert audit(Submission.of([id_]), index, pool).passed
     assert audit(Submission.of([id_], {id_: [turn("Is it late?", "No.")]}), index, pool).passed
-    assert not audit(Submission.of([id_], {id_: [turn(CHOICE, "A pilot.")]}), index, pool).passed
+    assert not audit(Submission.of([id_], {id_: [turn(ASKED, "A pilot.")]}), index, pool).passed
 
 
 def test_the_rule_file_decides(pool: Pool, suite: Path, leaks: dict[str, str], tmp_path: Path) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import curation_env.conf
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
-import curation_env.conf
 from curation_env.audit.index import build_index
 from curation_env.audit.rules import AuditRules
 from curation_env.mini.pool import build_pool

@@ -47,6 +47,7 @@ from curation_env.workspace.client import CHECK_BYTES, HEADER_BYTES, POLICY_BYTE
 log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 32
+BUSY_SECONDS = 1.0
 READ_SECONDS = 15.0
 SEND_SECONDS = 60.0
 WAIT_SECONDS = 10.0
@@ -115,6 +116,7 @@ class Session(Tickets):
         self._acceptor: threading.Thread | None = None
         self._serving: dict[threading.Thread, socket.socket] = {}
         self._lock = threading.Lock()
+        self._slots = threading.Semaphore(MAX_CONNECTIONS)
         self._large_body = threading.Lock()
         self._signal_calls = threading.Lock()
         self._calls = threading.Lock()
@@ -179,12 +181,12 @@ class Session(Tickets):
                     return
                 time.sleep(0.05)  # out of file descriptors, most likely: they come back as requests end
                 continue
+            if not self._slots.acquire(timeout=BUSY_SECONDS):
+                connection.settimeout(0.2)
+                _send(connection, _failure("busy", "too many requests at a time"))
+                connection.close()
+                continue
             with self._lock:
-                if len(self._serving) >= MAX_CONNECTIONS:
-                    connection.settimeout(0.2)
-                    _send(connection, _failure("busy", "too many requests at a time"))
-                    connection.close()
-                    continue
                 thread = threading.Thread(target=self._serve, args=(connection,), name="session-request", daemon=True)
                 self._serving[thread] = connection
                 thread.start()
@@ -198,6 +200,7 @@ class Session(Tickets):
         finally:
             with self._lock:
                 self._serving.pop(threading.current_thread(), None)
+            self._slots.release()
 
     def _handle(self, connection: socket.socket) -> bytes:
         try:

@@ -84,7 +84,7 @@ class ReplayAgent(Agent):
         self._run: Run = read_run(run)
         self._policies = policies
         self._scored = [entry for entry in self._run.state.history[1:] if entry.scores is not None]
-        with Ledger(self._run.folder, read_only=True) as ledger:
+        with Ledger(self._run.folder) as ledger:
             files = [ledger.files(entry.commit) for entry in self._scored]
         make = rerun_policy if policies else resubmit_policy
         self._actions = [

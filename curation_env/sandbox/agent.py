@@ -23,7 +23,9 @@ import struct
 import sys
 import time
 
-PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 4, 36, 38
+PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 4, 22, 36, 38
+SECCOMP_MODE_FILTER = 2
+FILTER = "CURATION_SANDBOX_FILTER"
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -220,6 +222,19 @@ def execute(request: dict, stdio: list[int]) -> None:
         os._exit(127 if error.errno == errno.ENOENT else 126)
 
 
+def filter_system_calls(program: bytes) -> None:
+    """Put a seccomp filter (`struct sock_filter[]`) on this process and all that it starts."""
+    if not program:
+        return
+
+    class Program(ctypes.Structure):
+        _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
+
+    given = Program(len(program) // 8, program)
+    if _libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(given), 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "the system-call filter was refused")
+
+
 def fcntl_dup(fd: int) -> int:
     import fcntl
 
@@ -236,6 +251,7 @@ def main() -> None:
     # Nothing inside may trace this process or open its descriptors, nor gain privileges.
     _libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     _libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    filter_system_calls(bytes.fromhex(os.environ.pop(FILTER, "")))
     if os.getpid() != 1:
         _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE, signal.SIGQUIT):

@@ -67,10 +67,11 @@ class SandboxLimits:
     Attributes:
         memory_mb: Resident memory, `/tmp` and `/dev/shm` included; the largest process over it is killed.
         cpus: Cores' worth of processor time.
-        pids: Processes and threads.
+        pids: Processes and threads. A fork over it fails, and everything in the sandbox is killed.
         disk_mb: Blocks used in `/workspace`. It is watched, not reserved: a command that passes it is killed within
             about half a second, and until the workspace is below it again commands can delete files but not write any.
-        files: Files and folders in `/workspace`, watched like `disk_mb`.
+        files: Files and folders in `/workspace`, watched like `disk_mb`. Folders nested more than 100 deep break this
+            limit too, and what lies deeper is deleted.
         file_mb: Size of a single file.
         tmp_mb: Size of `/tmp`, which lives in memory.
         output_bytes: Bytes that `exec` returns of each of stdout and stderr: beyond it the middle is left out.

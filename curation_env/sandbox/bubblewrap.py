@@ -39,7 +39,7 @@ _MB = 1 << 20
 _HELP = "apt-get install bubblewrap (0.8 or newer), or build the Docker image: curation-env sandbox build"
 _JOIN = 'set -e; n=$1; shift; while [ "$n" -gt 0 ]; do echo $$ >"$1"; shift; n=$((n-1)); done; exec "$@"'
 _HOST_ETC = ("alternatives", "ld.so.cache", "ld.so.conf", "ld.so.conf.d")
-_HIDDEN_PROC = ("kcore", "kmsg", "keys", "key-users", "timer_list", "kallsyms", "kpagecount", "kpageflags")
+_HIDDEN_PROC = ("kcore", "kmsg", "keys", "key-users", "timer_list", "kallsyms", "kpagecount", "kpageflags", "cmdline")
 _HIDDEN_PROC_FOLDERS = ("acpi", "scsi", "fs", "driver", "sysvipc")
 _DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 _NVIDIA = ("nvidiactl", "nvidia-uvm", "nvidia-uvm-tools", "nvidia-modeset")
@@ -98,13 +98,11 @@ class BubblewrapSandbox(SupervisedSandbox):
 
         ours, theirs = socket.socketpair()
         info_read, info_write = os.pipe()
-        filter_fd = seccomp.open_program()
         empty = self._state.path / "empty"
         empty.touch()
         write_etc(self._state.path / "etc", *self._ids())
         arguments = [*self._namespaces(), "--info-fd", str(info_write)]
-        if filter_fd is not None:
-            arguments += ["--seccomp", str(filter_fd)]
+        arguments += ["--setenv", agent.FILTER, seccomp.program().hex()]
         arguments += [*_base_system(), *self._kernel_files(empty)]
         for mount in inside.python:
             arguments += ["--ro-bind", str(mount.source), mount.target]
@@ -121,7 +119,6 @@ class BubblewrapSandbox(SupervisedSandbox):
         if self._cgroup is not None:
             entries = [str(path) for path in self._cgroup.entries]
             command = ["sh", "-c", _JOIN, "sh", str(len(entries)), *entries, *command]
-        given = [fd for fd in (theirs.fileno(), info_write, filter_fd) if fd is not None]
         log = self._state.path / "log"
         try:
             with log.open("wb") as errors:
@@ -130,14 +127,13 @@ class BubblewrapSandbox(SupervisedSandbox):
                     stdin=subprocess.DEVNULL,
                     stdout=errors,
                     stderr=errors,
-                    pass_fds=given,
+                    pass_fds=(theirs.fileno(), info_write),
                     env={"PATH": os.environ.get("PATH", os.defpath)},
                     start_new_session=True,
                 )
         finally:
             theirs.close()
-            for fd in given[1:]:
-                os.close(fd)
+            os.close(info_write)
         with open(info_read, "rb") as info:
             told = info.read()
         try:
@@ -171,12 +167,17 @@ class BubblewrapSandbox(SupervisedSandbox):
     def _refused_forks(self) -> int:
         return self._cgroup.refused_forks() if self._cgroup else 0
 
+    def _pids(self) -> list[int]:
+        if self._cgroup is not None:
+            return self._cgroup.pids()
+        return agent.children_of(self._init_pid) if self._init_pid else []
+
     def _over_limit(self) -> str:
         """Without a control group: count processes and memory by looking, about ten times a second."""
         if self._cgroup is not None or not self._init_pid:
-            return ""
+            return super()._over_limit()
         pages = threads = 0
-        for pid in agent.children_of(self._init_pid):
+        for pid in self._pids():
             with contextlib.suppress(OSError, IndexError, ValueError):
                 pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
                 threads += len(os.listdir(f"/proc/{pid}/task"))

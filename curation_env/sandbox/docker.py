@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from curation_env.errors import SandboxError
-from curation_env.sandbox import cgroup
+from curation_env.sandbox import agent, cgroup, seccomp
 from curation_env.sandbox.base import WORKSPACE, Mount, SandboxConfig, SandboxUnavailable
 from curation_env.sandbox.image import PYTHON_LABEL, connect, find_image
 from curation_env.sandbox.interpreter import harness_interpreter
@@ -197,6 +197,7 @@ class DockerSandbox(SupervisedSandbox):
         shared = self.config.limits.tmp_mb * _MB
         return {
             "entrypoint": [],
+            "environment": {agent.FILTER: seccomp.program().hex()},
             "working_dir": WORKSPACE,
             "hostname": "sandbox",
             "network_mode": "none",
@@ -245,6 +246,9 @@ class DockerSandbox(SupervisedSandbox):
         if self._state is not None:
             self._state.remove()
             self._state = None
+
+    def _pids(self) -> list[int]:
+        return self._counters.pids() if self._counters else []
 
     def _memory_kills(self) -> int:
         return self._counters.memory_kills() if self._counters else 0

@@ -13,12 +13,13 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _PIECE = 1 << 20
+MAX_DEPTH = 100
 
 
 def split(path: str) -> list[str]:
@@ -113,7 +114,7 @@ def make_mount_point(root: Path, parts: list[str], *, folder: bool) -> None:
         if mode and (stat.S_ISDIR(mode) if folder else stat.S_ISREG(mode)):
             return
         if mode:
-            _remove(parent, name)
+            _remove(parent, parent, name)
         if folder:
             os.mkdir(name, 0o755, dir_fd=parent)
         else:
@@ -133,7 +134,9 @@ def snapshot(root: Path, dest: Path, *, max_bytes: int, max_files: int, skip: Co
             what = f"{max_bytes / 1e6:g} MB" if left[0] < 0 else f"{max_files} files"
             raise OSError(errno.EFBIG, f"the workspace is larger than {what}", name)
 
-    def copy(folder: int, target: Path, prefix: str) -> None:
+    def copy(folder: int, target: Path, prefix: str, depth: int) -> None:
+        if depth > MAX_DEPTH:
+            raise OSError(errno.EFBIG, f"folders are nested more than {MAX_DEPTH} deep", prefix)
         for name in sorted(os.listdir(folder)):
             path = prefix + name
             if path in skip:
@@ -151,7 +154,7 @@ def snapshot(root: Path, dest: Path, *, max_bytes: int, max_files: int, skip: Co
                 (target / name).mkdir()
                 inner = _open_own(folder, name, _FOLDER, 0o700)
                 try:
-                    copy(inner, target / name, path + "/")
+                    copy(inner, target / name, path + "/", depth + 1)
                 finally:
                     os.close(inner)
                 (target / name).chmod(mode | 0o700)
@@ -163,7 +166,7 @@ def snapshot(root: Path, dest: Path, *, max_bytes: int, max_files: int, skip: Co
 
     try:
         with open_folder(root, []) as top:
-            copy(top, dest, "")
+            copy(top, dest, "", 1)
     except BaseException:
         shutil.rmtree(dest, ignore_errors=True)
         raise
@@ -173,7 +176,7 @@ def snapshot(root: Path, dest: Path, *, max_bytes: int, max_files: int, skip: Co
 def restore(source: Path, root: Path, *, keep: Collection[str]) -> None:
     """Make `root` equal to the tree `source`; the relative paths in `keep` (mount points) stay."""
     with open_folder(root, []) as top:
-        _clear(top, "", keep)
+        _clear(top, top, "", keep)
     for folder, folders, names in os.walk(source):
         here = root / os.path.relpath(folder, source)
         for name in folders:
@@ -186,24 +189,74 @@ def restore(source: Path, root: Path, *, keep: Collection[str]) -> None:
             shutil.copy2(os.path.join(folder, name), here / name, follow_symlinks=False)
 
 
-def usage(root: Path, *, stop_at: int) -> tuple[int, int]:
-    """Bytes of disk blocks and number of entries below `root`; counting ends at `stop_at` entries."""
+def usage(root: Path, *, stop_at: int) -> tuple[int, int, bool]:
+    """Bytes of disk blocks and number of entries below `root`, and whether folders are nested deeper than `MAX_DEPTH`
+    (those are not looked into). Counting ends at `stop_at` entries."""
     size = count = 0
-    todo = [os.fspath(root)]
-    while todo:
-        try:
-            with os.scandir(todo.pop()) as entries:
-                for entry in entries:
-                    count += 1
+    deep = False
+
+    def add(folder: int, depth: int) -> None:
+        nonlocal size, count, deep
+        inner = []
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                count += 1
+                with contextlib.suppress(OSError):
+                    size += entry.stat(follow_symlinks=False).st_blocks * 512
+                    if entry.is_dir(follow_symlinks=False):
+                        inner.append(entry.name)
+        if inner and depth == MAX_DEPTH:
+            deep = True
+            return
+        for name in inner:
+            if count > stop_at:
+                return
+            with contextlib.suppress(OSError):  # gone, or swapped for something else, meanwhile
+                fd = _open_own(folder, name, _FOLDER, 0o700)
+                try:
+                    add(fd, depth + 1)
+                finally:
+                    os.close(fd)
+
+    with contextlib.suppress(OSError), open_folder(root, []) as top:
+        add(top, 1)
+    return size, count, deep
+
+
+def deleted_bytes(pids: Iterable[int], root: Path) -> int:
+    """Blocks of files that were deleted but are held open by `pids`, on the file system of `root`."""
+    found: dict[int, int] = {}
+    with contextlib.suppress(OSError):
+        device = os.stat(root).st_dev
+        for pid in pids:
+            with contextlib.suppress(OSError):
+                for name in os.listdir(f"/proc/{pid}/fd"):
                     with contextlib.suppress(OSError):
-                        size += entry.stat(follow_symlinks=False).st_blocks * 512
-                        if entry.is_dir(follow_symlinks=False):
-                            todo.append(entry.path)
-        except OSError:
-            continue
-        if count > stop_at:
-            break
-    return size, count
+                        info = os.stat(f"/proc/{pid}/fd/{name}")
+                        if info.st_nlink == 0 and info.st_dev == device:
+                            found[info.st_ino] = info.st_blocks * 512
+    return sum(found.values())
+
+
+def remove_deep(root: Path) -> None:
+    """Remove what is nested deeper than `MAX_DEPTH`. Nothing may be running inside."""
+
+    def cut(folder: int, depth: int) -> None:
+        for name in os.listdir(folder):
+            if not stat.S_ISDIR(os.lstat(name, dir_fd=folder).st_mode):
+                continue
+            if depth == MAX_DEPTH:
+                _remove(top, folder, name)
+                continue
+            with contextlib.suppress(OSError):
+                fd = _open_own(folder, name, _FOLDER, 0o700)
+                try:
+                    cut(fd, depth + 1)
+                finally:
+                    os.close(fd)
+
+    with open_folder(root, []) as top:
+        cut(top, 1)
 
 
 def _note(digest: hashlib.blake2b, kind: str, path: str, mode: int, content: bytes) -> None:
@@ -241,19 +294,41 @@ def _copy_file(folder: int, name: str, target: Path, size: int, spend_more: Call
     return digest.digest()
 
 
-def _remove(folder: int, name: str) -> None:
-    if stat.S_ISDIR(os.lstat(name, dir_fd=folder).st_mode):
-        inner = _open_own(folder, name, _FOLDER, 0o700)
-        try:
-            _clear(inner, "", ())
-        finally:
-            os.close(inner)
-        os.rmdir(name, dir_fd=folder)
-    else:
+def _remove(top: int, folder: int, name: str) -> None:
+    """Delete an entry, whatever it is and however deep: every folder below is first moved up to one beside `top`'s
+    entries, so that no path grows long."""
+    if not stat.S_ISDIR(os.lstat(name, dir_fd=folder).st_mode):
         os.unlink(name, dir_fd=folder)
+        return
+    heap = f".{secrets.token_hex(8)}.removed"
+    os.mkdir(heap, 0o700, dir_fd=top)
+    beside = os.open(heap, _FOLDER, dir_fd=top)
+    try:
+        os.close(_open_own(folder, name, _FOLDER, 0o700))
+        os.rename(name, "0", src_dir_fd=folder, dst_dir_fd=beside)
+        todo = [0]
+        number = 0
+        while todo:
+            item = str(todo.pop())
+            inner = _open_own(beside, item, _FOLDER, 0o700)
+            try:
+                for child in os.listdir(inner):
+                    if stat.S_ISDIR(os.lstat(child, dir_fd=inner).st_mode):
+                        number += 1
+                        os.close(_open_own(inner, child, _FOLDER, 0o700))
+                        os.rename(child, str(number), src_dir_fd=inner, dst_dir_fd=beside)
+                        todo.append(number)
+                    else:
+                        os.unlink(child, dir_fd=inner)
+            finally:
+                os.close(inner)
+            os.rmdir(item, dir_fd=beside)
+    finally:
+        os.close(beside)
+    os.rmdir(heap, dir_fd=top)
 
 
-def _clear(folder: int, prefix: str, keep: Collection[str]) -> None:
+def _clear(top: int, folder: int, prefix: str, keep: Collection[str]) -> None:
     for name in os.listdir(folder):
         path = prefix + name
         if path in keep:
@@ -261,8 +336,8 @@ def _clear(folder: int, prefix: str, keep: Collection[str]) -> None:
         if any(kept.startswith(path + "/") for kept in keep) and stat.S_ISDIR(os.lstat(name, dir_fd=folder).st_mode):
             inner = _open_own(folder, name, _FOLDER, 0o700)
             try:
-                _clear(inner, path + "/", keep)
+                _clear(top, inner, path + "/", keep)
             finally:
                 os.close(inner)
         else:
-            _remove(folder, name)
+            _remove(top, folder, name)

@@ -31,6 +31,8 @@ class AgentLink:
         self._sock = sock
         self._lock = threading.Lock()
         self._dead = False
+        self.processes: set[AgentProcess] = set()
+        """Those that have not ended."""
         self._line(start_seconds)
 
     def alive(self) -> bool:
@@ -90,10 +92,15 @@ class AgentLink:
             control.close()
             for fd in given[1:]:
                 os.close(fd)
-        return AgentProcess(self, host_control, host_stdin, host_stdout, host_stderr, sink, limit)
+        process = AgentProcess(self, host_control, host_stdin, host_stdout, host_stderr, sink, limit)
+        self.processes.add(process)
+        return process
 
     def close(self) -> None:
+        """Ends the sandbox: its first process leaves when this connection goes."""
         self._dead = True
+        for process in list(self.processes):
+            process.close()
         self._sock.close()
 
     def _send(self, request: dict[str, object], fds: list[int]) -> None:
@@ -286,6 +293,7 @@ class AgentProcess(SandboxProcess):
 
     def close(self) -> None:
         """Let go of the pipes; a command that still runs is killed by its runner."""
+        self._link.processes.discard(self)
         self.close_stdin()
         for fd in list(self._outputs):
             os.close(fd)
@@ -294,6 +302,8 @@ class AgentProcess(SandboxProcess):
 
     def _pump(self, timeout: float, also_writable: int | None = None) -> None:
         """Wait for something to happen, once, and take what came."""
+        if self._code is None and self._control.fileno() < 0:
+            raise SandboxDied("the sandbox was stopped while a command ran")
         poll = select.poll()
         for fd in self._outputs:
             poll.register(fd, select.POLLIN)

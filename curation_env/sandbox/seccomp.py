@@ -1,4 +1,4 @@
-"""The system-call filter of the bubblewrap engine: what Docker's default profile also takes away.
+"""The system-call filter that the agent puts on itself and so on every command, in each engine.
 
 Calls that reach kernel parts which namespaces don't separate (keyrings, BPF, performance counters, io_uring, mounts,
 modules) fail with EPERM, and so do sockets of families other than Unix, IP and netlink (a VM's vsock would otherwise be
@@ -8,7 +8,6 @@ a way out of a sandbox without network).
 from __future__ import annotations
 
 import errno
-import os
 import platform
 import struct
 
@@ -60,10 +59,10 @@ _ALLOW, _ERRNO = 0x7FFF0000, 0x00050000
 _NUMBER, _ARCH, _ARG0 = 0, 4, 16  # offsets in struct seccomp_data
 
 
-def program() -> bytes | None:
-    """The filter as `struct sock_filter[]`, or None on a processor that the table above doesn't list."""
+def program() -> bytes:
+    """The filter as `struct sock_filter[]`; empty on a processor that the table above doesn't list."""
     if platform.machine() not in _MACHINES:
-        return None
+        return b""
     column, arch = _MACHINES[platform.machine()]
     deny = _ERRNO | errno.EPERM
     code: list[tuple[int, int, int, int]] = [
@@ -81,14 +80,3 @@ def program() -> bytes | None:
         code += [(_JEQ, 0, 1, family), (_RET, 0, 0, _ALLOW)]
     code.append((_RET, 0, 0, deny))
     return b"".join(struct.pack("=HBBI", *line) for line in code)
-
-
-def open_program() -> int | None:
-    """A descriptor that holds the filter, for `bwrap --seccomp`; the caller closes it."""
-    data = program()
-    if data is None:
-        return None
-    fd = os.memfd_create("seccomp")
-    os.write(fd, data)
-    os.lseek(fd, 0, os.SEEK_SET)
-    return fd

@@ -29,6 +29,7 @@ class SupervisedSandbox(HostedFiles):
         self._link: AgentLink | None = None
         self._watch: Watch | None = None
         self._env: dict[str, str] = {}
+        self._forks_seen = 0
         self._frozen = False
 
     # -- what an engine does
@@ -50,8 +51,17 @@ class SupervisedSandbox(HostedFiles):
         return 0
 
     def _over_limit(self) -> str:
-        """The limit that an engine without kernel support finds broken at this moment, or ""."""
+        """The limit that is found broken at this moment, or "". A refused fork counts: what made a fork bomb's limit
+        bite must not go on in the background."""
+        refused = self._refused_forks()
+        if refused > self._forks_seen:
+            self._forks_seen = refused
+            return "processes"
         return ""
+
+    def _pids(self) -> list[int]:
+        """The processes inside as the host numbers them, as far as the engine can tell."""
+        return []
 
     def _rlimits(self) -> dict[str, int]:
         """Resource limits of every command, by their names without RLIMIT_."""
@@ -70,7 +80,8 @@ class SupervisedSandbox(HostedFiles):
             self._teardown()
             raise
         self._frozen = False
-        self._watch = Watch(self.config, self._enforce, self._over_limit)
+        self._forks_seen = 0
+        self._watch = Watch(self.config, other=self._over_limit, enforce=self._enforce, pids=self._pids)
 
     def exec(
         self,
@@ -82,12 +93,15 @@ class SupervisedSandbox(HostedFiles):
         cwd: str = WORKSPACE,
     ) -> ExecResult:
         begin = time.monotonic()
+        self._living()
         watch = self._watch
-        full = watch is not None and watch.full
-        memory, forks = self._memory_kills(), self._refused_forks()
-        seen = watch.hits if watch else 0
+        assert watch is not None
         out = Capture(self.config.limits.output_bytes)
-        process = self._run(command, env, cwd, out, begin, stdin)
+        with watch.lock:
+            self._settle()
+            full, seen = watch.full, watch.hits
+            memory, forks = self._memory_kills(), self._refused_forks()
+            process = self._run(command, env, cwd, out, stdin)
         timed_out = False
         try:
             process.wait(max(0.0, begin + timeout - time.monotonic()))
@@ -96,7 +110,7 @@ class SupervisedSandbox(HostedFiles):
             process.kill()
         code = process.wait()
         limit = ""
-        if watch and watch.hits > seen:
+        if watch.hits > seen:
             limit = watch.last_limit
         elif self._memory_kills() > memory:
             limit = "memory"
@@ -115,7 +129,11 @@ class SupervisedSandbox(HostedFiles):
         return ExecResult(code, out.value(), stderr, truncated, timed_out, time.monotonic() - begin, limit)
 
     def popen(self, command: Command, *, env: Mapping[str, str] | None = None, cwd: str = WORKSPACE) -> AgentProcess:
-        process = self._start_command(command, env, cwd, Pending(self.config.limits.output_bytes))
+        self._living()
+        assert self._watch is not None
+        with self._watch.lock:
+            self._settle()
+            process = self._start_command(command, env, cwd, Pending(self.config.limits.output_bytes))
         if process.poll() is not None and process.refused:
             raise SandboxError(f"no process could be started: {process.refused}")
         return process
@@ -155,9 +173,12 @@ class SupervisedSandbox(HostedFiles):
 
     # -- parts
 
-    def _run(
-        self, command: Command, env: Mapping[str, str] | None, cwd: str, out: Sink, begin: float, stdin: bytes
-    ) -> AgentProcess:
+    def _settle(self) -> None:
+        """What an earlier command left behind must not be held against the next one."""
+        if self._over_limit():
+            self.kill_all()
+
+    def _run(self, command: Command, env: Mapping[str, str] | None, cwd: str, out: Sink, stdin: bytes) -> AgentProcess:
         """Start a command with its input queued. When earlier commands' background processes use up the process limit,
         kill them and try once more: they must not be able to lock the agent out."""
         process = self._start_command(command, env, cwd, out)

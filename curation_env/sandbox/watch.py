@@ -20,15 +20,28 @@ class Watch:
     kills everything, when it has grown beyond its limit. Over the limit, `full` is true: commands may then delete, but
     any that makes it grow is killed again.
 
-    `other` names a further limit that is broken now, or "".
+    Args:
+        other: Names a further limit that is broken now, or "".
+        enforce: Kills every process of the sandbox.
+        pids: The sandbox's processes as the host numbers them, whose deleted but open files count too.
     """
 
-    def __init__(self, config: SandboxConfig, enforce: Callable[[], None], other: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        config: SandboxConfig,
+        *,
+        other: Callable[[], str],
+        enforce: Callable[[], None],
+        pids: Callable[[], list[int]],
+    ) -> None:
         self._config = config
-        self._enforce = enforce
         self._other = other
+        self._enforce = enforce
+        self._pids = pids
         self._done = threading.Event()
         self._allowed = (config.limits.disk_mb * _MB, config.limits.files)
+        self.lock = threading.Lock()
+        """Held while a broken limit is enforced: a command started under it isn't hit by what came before it."""
         self.full = False
         self.hits = 0
         self.last_limit = ""
@@ -51,20 +64,25 @@ class Watch:
     def _check(self) -> None:
         limits = self._config.limits
         most = (limits.disk_mb * _MB, limits.files)
-        used = self._usage()
-        limit = self._other()
-        if used[0] > self._allowed[0]:
-            limit = "disk"
-        elif used[1] > self._allowed[1]:
-            limit = "files"
-        if limit:
-            self.last_limit = limit
-            self.hits += 1
-            with contextlib.suppress(SandboxError):  # it is dead: whoever uses it next is told
-                self._enforce()
-            used = self._usage()
-        self.full = used[0] > most[0] or used[1] > most[1]
-        self._allowed = (max(most[0], used[0]), max(most[1], used[1]))
+        size, count, deep = self._usage()
+        with self.lock:
+            limit = self._other()
+            if size > self._allowed[0]:
+                limit = "disk"
+            elif count > self._allowed[1] or deep:
+                limit = "files"
+            if limit:
+                self.last_limit = limit
+                self.hits += 1
+                with contextlib.suppress(SandboxError):  # it is dead: whoever uses it next is told
+                    self._enforce()
+                if deep:
+                    files.remove_deep(self._config.workspace)
+                size, count, _ = self._usage()
+        self.full = size > most[0] or count > most[1]
+        self._allowed = (max(most[0], size), max(most[1], count))
 
-    def _usage(self) -> tuple[int, int]:
-        return files.usage(self._config.workspace, stop_at=4 * self._config.limits.files)
+    def _usage(self) -> tuple[int, int, bool]:
+        root = self._config.workspace
+        size, count, deep = files.usage(root, stop_at=4 * self._config.limits.files)
+        return size + files.deleted_bytes(self._pids(), root), count, deep

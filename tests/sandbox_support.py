@@ -1,0 +1,56 @@
+"""What the sandbox tests share: every real engine, started over a fresh workspace."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from curation_env.sandbox import Sandbox, SandboxConfig, SandboxLimits, make_sandbox
+from curation_env.sandbox.bubblewrap import bubblewrap_problem
+from curation_env.sandbox.docker import docker_problem
+
+ENGINES = ("bubblewrap", "docker")
+
+# Small, so that hogs hit them soon.
+LIMITS = SandboxLimits(
+    memory_mb=256, cpus=1.0, pids=64, disk_mb=32, output_bytes=100_000, file_mb=16, tmp_mb=32, files=3000
+)
+
+
+def engine(kind: str, workspace: Path, **config: object) -> Sandbox:
+    """A sandbox of one real engine; a failure with the instruction where the engine isn't there."""
+    problem = docker_problem() if kind == "docker" else bubblewrap_problem()
+    assert not problem, f"{problem} (for the tests: bash .ci/docker.sh)"
+    return make_sandbox(kind, SandboxConfig(workspace=workspace, **{"limits": LIMITS, "label": "tests", **config}))  # type: ignore[arg-type]
+
+
+def text(sandbox: Sandbox, command: str, timeout: float = 20.0) -> str:
+    """stdout of a command that must succeed."""
+    result = sandbox.exec(command, timeout=timeout)
+    assert result.exit_code == 0, (command, result)
+    return result.stdout.decode()
+
+
+def host_processes(marker: str) -> list[int]:
+    """Processes of this machine with `marker` among their arguments."""
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit() and int(name) != os.getpid():
+            try:
+                arguments = Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if marker.encode() in arguments:
+                found.append(int(name))
+    return found
+
+
+def until(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True

@@ -10,14 +10,15 @@ import hashlib
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 import yaml
 from curation_env.agents.base import Agent, EpisodeResult, Step, has_ended, run_episode
 from curation_env.wrappers import scaffold
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 from rich.console import Console
 
 from curation_env import envs
@@ -38,20 +39,28 @@ PLACES = ("runs", "data_root")
 @hydra.main(version_base="1.3", config_path="pkg://curation_env.conf", config_name="config")
 def main(config: DictConfig) -> None:
     """Make one run, or find it made already; print its table and where it lies."""
-    settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     try:
-        task = _task(settings)
-        agent: Agent = instantiate(config.agent)
-        key = f"{task.name}-{agent.name}-{run_hash(settings, task)}"
-        folder = Path(settings["runs"]).absolute() / key
-        if is_finished(folder):
-            print(f"{key} is finished already, so it is not made again")
-        else:
-            play(settings, agent, folder, instantiate(config.logger))
-        show(folder)
+        make(config)
+    except MissingMandatoryValue as error:
+        _give_up(f"give a value: {str(error).splitlines()[0]} (of {error.full_key})")
+    except InstantiationException as error:
+        _give_up(f"{config.agent._target_}: {error.__cause__ or error}")
     except CurationError as error:
-        sys.stderr.write(f"{type(error).__name__}: {error}\n" + (f"{error.details}\n" if error.details else ""))
-        raise SystemExit(2) from None
+        _give_up(f"{error}\n{error.details}".rstrip())
+
+
+def make(config: DictConfig) -> None:
+    """Make the run that a configuration describes, unless it is finished already, and show it."""
+    settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    task = _task(settings)
+    agent: Agent = instantiate(config.agent)
+    key = f"{task.name}-{agent.name}-{run_hash(settings, task)}"
+    folder = Path(settings["runs"]).absolute() / key
+    if is_finished(folder):
+        print(f"{key} is finished already, so it is not made again")
+    else:
+        play(settings, agent, folder, instantiate(config.logger))
+    show(folder)
 
 
 def run_hash(settings: dict[str, Any], task: Task) -> str:
@@ -131,7 +140,15 @@ def _task(settings: dict[str, Any]) -> Task:
         if settings["task"].get(key) != on_disk.get(key):
             say = f"{key}={settings['task'].get(key)}" if key in OVERRIDES else "a task file of your own"
             raise CurationError(f"task.{key} can't be changed here: use {say}")
+    if settings["world"] is not None and on_disk["pool"]["world"] != "by seed":
+        raise CurationError(f"task {name!r} has one world, so world={settings['world']} says nothing: try mini-worlds")
     return Task.load(name, **{key: settings[key] for key in OVERRIDES})
+
+
+def _give_up(text: str) -> NoReturn:
+    """A mistake of the user's, or a broken machine: what it is, and no trace of where it was noticed."""
+    sys.stderr.write(f"run.py: {text}\n")
+    raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

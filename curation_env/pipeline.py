@@ -257,7 +257,7 @@ class Pipeline:
             "out": str(out),
         }
         result = self._run("evaluate", payload, on_progress)
-        scores = _checked_scores(result, self.task)
+        scores = _checked_scores(result, self.task, read_predictions(out))
         (out / "scores.json").write_bytes((canonical_json(scores.to_json()) + "\n").encode())
 
     def _run(self, stage: str, payload: dict[str, Any], on_progress: Progress | None) -> dict[str, Any]:
@@ -313,14 +313,35 @@ def _read_result(folder: Path, *, cached: bool) -> _Result:
     return _Result(scores, files, cached)
 
 
-def _checked_scores(result: dict[str, Any], task: Task) -> Scores:
+def read_predictions(folder: Path) -> list[dict[str, Any]]:
+    """The item predictions that an evaluation left: benchmark, index, category, part, prediction, score."""
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+def _checked_scores(result: dict[str, Any], task: Task, predictions: list[dict[str, Any]]) -> Scores:
     """All benchmarks or an error: a benchmark that is missing or not a number is never averaged away."""
     parts = result["scores"]
     for name in task.benchmarks:
         value = parts["all"].get(name)
         if value is None or not np.isfinite(value):
             raise StageFailed(f"evaluation gave no score for {name}: all benchmarks or none")
-    return Scores(parts, result["stderr"], result["categories"], result["n"])
+    return Scores(parts, standard_errors(predictions), result["categories"], result["n"])
+
+
+def standard_errors(predictions: list[dict[str, Any]]) -> dict[str, float]:
+    """Standard error, in points, of each part's mean over benchmarks, from the spread of item scores (0 to 1).
+
+    Items count as independent: where a scorer aggregates over groups this is the error's size, not its exact value.
+    """
+    items: dict[str, dict[str, list[float]]] = {part: {} for part in PARTS}
+    for item in predictions:
+        for part in (item["part"], "all"):
+            items[part].setdefault(item["benchmark"], []).append(float(item["score"]))
+    errors = {}
+    for part, benchmarks in items.items():
+        variances = [np.var(scores, ddof=1) / len(scores) for scores in benchmarks.values() if len(scores) > 1]
+        errors[part] = 100.0 * float(np.sqrt(np.sum(variances))) / max(1, len(benchmarks))
+    return errors
 
 
 def mean_scores(runs: list[Scores]) -> Scores:

@@ -98,7 +98,9 @@ def main() -> None:
     for name, row in rows.items():
         table.add_row(name, *(f"{row[key]:.3f}" for key in ("median", "min", "max")), str(row["n"]))
     Console(width=100).print(table)
-    print(f"shell action / bare engine: {ratio:.2f} (target 1.3); harness an iteration: target 0.5 s; reset: target 2 s")
+    print(
+        f"shell action / bare engine: {ratio:.2f} (target 1.3); harness an iteration: target 0.5 s; reset: target 2 s"
+    )
 
 
 if __name__ == "__main__":

@@ -114,16 +114,12 @@ def _take_snapshot(workspace: Path, copy: Path, snapshot_mb: int) -> str:
     limit = snapshot_mb * 1_000_000
     try:
         return snapshot(workspace, copy, max_bytes=limit, max_files=MAX_FILES, skip=NOT_IN_SNAPSHOT)
-    except RecursionError as error:
-        raise PolicyFailed("the workspace has folders nested too deeply to be copied: delete them") from error
     except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            raise PolicyFailed("the workspace has folders nested too deeply to be copied: delete them") from error
-        if error.errno != errno.EFBIG:
+        if error.errno not in (errno.EFBIG, errno.ENAMETOOLONG):
             raise SandboxError(f"the workspace could not be copied: {error}") from error
         raise PolicyFailed(
-            f"a policy runs on a copy of the workspace, and that has more than {snapshot_mb} MB or {MAX_FILES:,} files:"
-            f" delete what you don't need. Largest: {_largest(workspace)}"
+            f"a policy runs on a copy of the workspace, and {error.strerror}: delete what you don't need."
+            f" Largest: {_largest(workspace)}"
         ) from error
 
 
@@ -134,7 +130,7 @@ def _largest(workspace: Path) -> str:
             if entry.name in NOT_IN_SNAPSHOT:
                 continue
             if entry.is_dir(follow_symlinks=False):
-                size, count = usage(Path(entry.path), stop_at=MAX_FILES)
+                size, count, _ = usage(Path(entry.path), stop_at=MAX_FILES)
             else:
                 size, count = entry.stat(follow_symlinks=False).st_size, 1
             sizes.append((size, count, entry.name))

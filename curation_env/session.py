@@ -39,7 +39,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from curation_env.errors import CurationError, InvalidAction, LimitExceeded
+from curation_env.errors import AgentError, CurationError, InvalidAction, LimitExceeded
 from curation_env.submission import IDS_FILE, REWRITES_FILE, read_submission
 from curation_env.tickets import Tickets
 from curation_env.workspace.client import CHECK_BYTES, HEADER_BYTES, POLICY_BYTES, PROTOCOL
@@ -73,7 +73,7 @@ class SessionBackend(Protocol):
         """One float32 per row of the agent's view of the pool; charges the signal's price."""
 
     def check(self, ids: Sequence[str], rewrites: Mapping[str, list[dict[str, str]]]) -> Mapping[str, Any]:
-        """What the gate would say: {passed: bool, message: text, ...}; charges nothing."""
+        """What the gate would say: {passed: bool, message: text, ...}, or an `AgentError`; charges nothing."""
 
     def card(self, name: str) -> str:
         """The text of a method card; records that it was opened."""
@@ -254,14 +254,17 @@ class Session(Tickets):
         return {"dtype": "<f4", "shape": list(values.shape)}, values.tobytes()
 
     def _check(self, header: dict[str, Any], body: list[bytes]) -> tuple[Any, bytes]:
-        with tempfile.TemporaryDirectory(prefix="check-") as folder:
-            for name, data in zip((IDS_FILE, REWRITES_FILE), body, strict=True):
-                (Path(folder) / name).parent.mkdir(exist_ok=True)
-                (Path(folder) / name).write_bytes(data)
-            submission = read_submission(Path(folder))
-        assert submission is not None
-        with self._calls:
-            return dict(self._backend.check(submission.ids, dict(submission.rewrites))), b""
+        try:
+            with tempfile.TemporaryDirectory(prefix="check-") as folder:
+                for name, data in zip((IDS_FILE, REWRITES_FILE), body, strict=True):
+                    (Path(folder) / name).parent.mkdir(exist_ok=True)
+                    (Path(folder) / name).write_bytes(data)
+                submission = read_submission(Path(folder))
+            assert submission is not None
+            with self._calls:
+                return dict(self._backend.check(submission.ids, dict(submission.rewrites))), b""
+        except AgentError as error:  # that it would be refused is the answer
+            return {"passed": False, "error": error.code, "message": str(error)}, b""
 
     def _submit(self, header: dict[str, Any], body: list[bytes]) -> tuple[Any, bytes]:
         return self.submit(body[0], again=header.get("again") is True), b""

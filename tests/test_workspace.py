@@ -201,7 +201,7 @@ def test_check_asks_the_gate(client: Client) -> None:
     assert client.json("check", "ids.txt", "--rewrites", "rewrites.jsonl")["rewrites"] == 1
     ids.write_text("nobody\n")
     refused = client.run("check", "ids.txt")
-    assert (refused.returncode, refused.stderr) == (2, "curation: 1 unknown ids\n")
+    assert (refused.returncode, refused.stdout) == (1, "1 unknown ids\n")
 
 
 def test_card_is_read_and_recorded(client: Client, host: Host) -> None:

@@ -126,6 +126,7 @@ class Episode:
         self.ledger = Ledger(run_dir)
         self.sandbox: Sandbox | None = None
         self.session: Session | None = None
+        self._answer: dict[str, Any] | None = None  # to this step's ticket
         try:
             self.state = self._recorded(seed) if resume else State(seed)
             self._folders()
@@ -133,8 +134,7 @@ class Episode:
                 self._begin()
             self._feedback.write(self.task, self.state.history)
             self.session = Session(None, HostBackend(self)).start()
-            for policy in self.state.tickets:
-                self.session.submit(policy.encode())
+            self._restore_tickets()
             self._start_sandbox()
         except BaseException:
             self.close()
@@ -190,12 +190,23 @@ class Episode:
         try:
             turn = self._run_and_score(source)
         except AgentError as error:
-            if ticket:
-                self._session.resolve(ticket, {"status": "error", "error": error.code, "message": str(error)})
+            self._resolve(ticket, {"status": "error", "error": error.code, "message": str(error)})
             raise
-        if ticket:
-            self._session.resolve(ticket, {"status": turn.status, "message": turn.message})
+        self._resolve(ticket, {"status": turn.status, "message": turn.message})
         return turn
+
+    def _resolve(self, ticket: str, result: dict[str, Any]) -> None:
+        if ticket:
+            self._session.resolve(ticket, result)
+            self._answer = {"name": ticket, "result": result}
+
+    def _restore_tickets(self) -> None:
+        """Of a resumed run: a policy submitted again finds its result, is not charged again, and what waited waits."""
+        for event in self.ledger.events("step"):
+            if event.get("ticket"):
+                self._session.resolve(**event["ticket"])
+        for policy in self.state.tickets:
+            self._session.submit(policy.encode(), again=True)
 
     def _source(self, parsed: actions.Parsed) -> tuple[str, str]:
         """The ticket ("" when there is none) and the source of a POLICY action."""
@@ -378,8 +389,10 @@ class Episode:
             reward=turn.reward,
             terminated=turn.terminated,
             info=_plain(info),
+            ticket=self._answer,
             state=asdict(self.state),
         )
+        self._answer = None
         if self.state.finished:
             self.ledger.event("episode_finished", nominee=self.nominee, best=self.state.best)
 

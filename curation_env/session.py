@@ -59,8 +59,8 @@ PATH_BYTES = 107  # sun_path of a Unix socket, less its final NUL
 class SessionBackend(Protocol):
     """What the environment answers. Results are plain JSON; a `CurationError` is answered with its message and code.
 
-    The methods are called from the session's threads while the environment may be in `step`: `signal` by one thread at
-    a time, the others by one thread at a time.
+    The methods are called from the session's threads while the environment may be in `step`; each of them by one
+    thread at a time, so that `task` is answered while a `check` waits for its turn.
     """
 
     def task(self) -> Mapping[str, Any]:
@@ -118,8 +118,7 @@ class Session(Tickets):
         self._lock = threading.Lock()
         self._slots = threading.Semaphore(MAX_CONNECTIONS)
         self._large_body = threading.Lock()
-        self._signal_calls = threading.Lock()
-        self._calls = threading.Lock()
+        self._calls = {name: threading.Lock() for name in ("task", "history", "signal", "check", "card")}
 
     def start(self) -> Session:
         """Listen. Returns itself.
@@ -235,21 +234,21 @@ class Session(Tickets):
     # The messages: (header, body) -> (result, bytes)
 
     def _task(self, header: dict[str, Any], body: list[bytes]) -> tuple[Any, bytes]:
-        with self._calls:
+        with self._calls["task"]:
             return dict(self._backend.task()), b""
 
     def _history(self, header: dict[str, Any], body: list[bytes]) -> tuple[Any, bytes]:
-        with self._calls:
+        with self._calls["history"]:
             return [dict(entry) for entry in self._backend.history()], b""
 
     def _card(self, header: dict[str, Any], body: list[bytes]) -> tuple[Any, bytes]:
         name = _text(header, "name")
-        with self._calls:
+        with self._calls["card"]:
             return self._backend.card(name), b""
 
     def _signal(self, header: dict[str, Any], body: list[bytes]) -> tuple[Any, bytes]:
         name = _text(header, "name")
-        with self._signal_calls:
+        with self._calls["signal"]:
             values = np.ascontiguousarray(self._backend.signal(name), dtype="<f4")
         return {"dtype": "<f4", "shape": list(values.shape)}, values.tobytes()
 
@@ -261,7 +260,7 @@ class Session(Tickets):
                     (Path(folder) / name).write_bytes(data)
                 submission = read_submission(Path(folder))
             assert submission is not None
-            with self._calls:
+            with self._calls["check"]:
                 return dict(self._backend.check(submission.ids, dict(submission.rewrites))), b""
         except AgentError as error:  # that it would be refused is the answer
             return {"passed": False, "error": error.code, "message": str(error)}, b""

@@ -224,6 +224,28 @@ def test_wait_holds_until_the_ticket_is_done(session: Session) -> None:
     assert states[0]["result"]["score"] == 50.0
 
 
+def test_a_check_that_takes_long_holds_nothing_else_up() -> None:
+    class Slow(Host):
+        going = threading.Event()
+        over = threading.Event()
+
+        def check(self, ids: Any, rewrites: Any) -> dict[str, Any]:
+            self.going.set()
+            self.over.wait(10)
+            return super().check(ids, rewrites)
+
+    with Session(None, host := Slow()) as session:
+        answers: list[Any] = []
+        checking = threading.Thread(target=lambda: answers.append(ask(session, "check", (b"", b""))))
+        checking.start()
+        assert host.going.wait(5)
+        assert ask(session, "task")["ok"]
+        assert ask(session, "submit", (b"print(5)",))["ok"]
+        host.over.set()
+        checking.join(5)
+    assert answers[0]["result"]["passed"]
+
+
 def test_a_session_of_a_policy_run_takes_no_policy() -> None:
     with Session(None, Host(), read_only=True) as session:
         assert ask(session, "task")["ok"]

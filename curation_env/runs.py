@@ -8,7 +8,7 @@ from typing import Any
 
 from curation_env.episode import State
 from curation_env.errors import CurationError
-from curation_env.ledger import Ledger
+from curation_env.ledger import read_events
 from curation_env.task import Task
 
 
@@ -56,7 +56,7 @@ def read_run(path: str | Path) -> Run:
         NoSuchRun: There is no journal there, or nothing was scored yet.
     """
     folder = locate(path)
-    events = Ledger(folder, read_only=True).events()
+    events = read_events(folder)
     started = next((event for event in events if event["kind"] == "episode_started"), None)
     states = [event["state"] for event in events if event["kind"] in ("step", "reset")]
     if started is None or not states:

@@ -27,7 +27,8 @@ def contact_sheet(rows: Sequence[dict[str, Any]], path: Path) -> None:
     from PIL import Image, ImageDraw, ImageFont
 
     columns = min(4, len(rows))
-    height = IMAGE + (TEXT_LINES + 2) * LINE + 2 * MARGIN
+    texts = [_lines(row["conversation"]) for row in rows]
+    height = IMAGE + (max(map(len, texts)) + 2) * LINE + 3 * MARGIN
     sheet = Image.new("RGB", (columns * CELL, -(-len(rows) // columns) * height), "white")
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(size=11)
@@ -42,7 +43,7 @@ def contact_sheet(rows: Sequence[dict[str, Any]], path: Path) -> None:
         caption = top + MARGIN + IMAGE + 4
         draw.text((left + MARGIN, caption), f"{row['id']}", fill="black", font=font)
         draw.text((left + MARGIN, caption + LINE), f"{row['source']}", fill="darkblue", font=font)
-        for index, line in enumerate(_lines(row["conversation"])):
+        for index, line in enumerate(texts[number]):
             draw.text((left + MARGIN, caption + (index + 2) * LINE), line, fill="black", font=font)
     sheet.save(path, format="PNG")
 

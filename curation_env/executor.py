@@ -33,7 +33,7 @@ class Stage(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """What a stage may take: wall-clock seconds, and private memory in MB on top of the warm worker's (None: no limit)."""
+    """What a stage may take (None: no limit): wall-clock seconds, private memory in MB on top of the warm worker's."""
 
     timeout: float | None = None
     memory_mb: int | None = None

@@ -79,6 +79,18 @@ def run_stage(name: str, payload: dict[str, Any], on_progress: Progress) -> dict
 
         recipe = Recipe.model_validate(payload["recipe"])
         return train(**{**payload, "recipe": recipe}, on_progress=on_progress)
+    if name == "evaluate":
+        from curation_env.evaluation.judge import Endpoint
+        from curation_env.evaluation.run import evaluate
+        from curation_env.evaluation.suite import Suite
+
+        recipe, suite = Recipe.model_validate(payload["recipe"]), Suite.model_validate(payload["suite"])
+        judge = Endpoint(**payload["judge"]) if payload.get("judge") else None
+        return evaluate(**{**payload, "recipe": recipe, "suite": suite, "judge": judge}, on_progress=on_progress)
+    if name == "signal":
+        from curation_env.training.signals import signal_stage
+
+        return signal_stage(**{**payload, "recipe": Recipe.model_validate(payload["recipe"])}, on_progress=on_progress)
     raise StageFailed(f"there is no stage {name!r}")
 
 
@@ -139,6 +151,7 @@ def warm_up() -> None:
     import torch
     from transformers import AutoTokenizer, LlavaForConditionalGeneration  # noqa: F401
 
+    import curation_env.evaluation.run
     import curation_env.training.vlm  # noqa: F401
 
     torch.set_num_threads(1)

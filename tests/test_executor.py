@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -104,6 +105,13 @@ def test_a_stage_error_keeps_its_type_and_the_worker(
     assert executor.submit(stage(assets, tmp_path)).result()["steps"] == 3
 
 
+def test_the_worker_stays_small(executor: LocalExecutor, assets: tuple[Path, Path], tmp_path: Path) -> None:
+    executor.submit(stage(assets, tmp_path)).result()
+    status = Path(f"/proc/{executor.pid}/status").read_text()
+    resident = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+    assert resident < 700_000
+
+
 def test_a_worker_killed_in_the_middle_is_named_and_replaced(
     executor: LocalExecutor, assets: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -134,9 +142,9 @@ def test_a_time_out_kills_the_worker(executor: LocalExecutor, assets: tuple[Path
 def test_memory_is_limited_and_its_end_is_out_of_memory(
     executor: LocalExecutor, assets: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    large = Recipe.load("mini-v1").payload() | {"examples_per_step": 4000, "tokens_per_micro_batch": 1 << 20}
-    ids = sorted(Pool.open(assets[1]).ids * 100)
-    limit = Resources(memory_mb=100)
+    large = Recipe.load("mini-v1").payload() | {"examples_per_step": 1600, "tokens_per_micro_batch": 1 << 20}
+    ids = sorted(Pool.open(assets[1]).ids * 40)
+    limit = Resources(memory_mb=50)
     executor.start()
     with pytest.raises(OutOfMemory, match="out of memory"):
         executor.submit(stage(assets, tmp_path, recipe=large, ids=ids), limit).result()
@@ -183,8 +191,6 @@ def test_the_worker_dies_with_its_parent(assets: tuple[Path, Path], tmp_path: Pa
         time.sleep(600)
         """
     )
-    import json
-
     payload = json.dumps(stage(assets, tmp_path, epochs=10_000).payload)
     parent = subprocess.Popen([sys.executable, "-c", script, payload], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
@@ -198,10 +204,3 @@ def test_the_worker_dies_with_its_parent(assets: tuple[Path, Path], tmp_path: Pa
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         parent.stdout.close()
-
-
-def test_the_worker_stays_small(executor: LocalExecutor, assets: tuple[Path, Path], tmp_path: Path) -> None:
-    executor.submit(stage(assets, tmp_path)).result()
-    status = Path(f"/proc/{executor.pid}/status").read_text()
-    resident = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
-    assert resident < 700_000

@@ -95,7 +95,7 @@ def test_packed_loss_equals_one_row_at_a_time_of_plain_transformers(init: Path, 
     encoder = Encoder.load(init, recipe)
     rows = encoder.encode(read_rows(Pool.open(pool), Pool.open(pool).ids[:16], {}))
     student = Student.load(init, recipe, CPU)
-    features = student.image_features(encoder, rows)
+    features = student.image_features(encoder, {row.image: row.image_bytes for row in rows if row.image})
     packed = student.token_losses(rows, features)
     packed.sum().backward()
     plain = LlavaForConditionalGeneration.from_pretrained(init)
@@ -122,7 +122,7 @@ def test_no_attention_across_rows(init: Path, pool: Path, recipe: Recipe) -> Non
     encoder = Encoder.load(init, recipe)
     rows = encoder.encode(read_rows(Pool.open(pool), Pool.open(pool).ids[:3], {}))
     student = Student.load(init, recipe, CPU)
-    features = student.image_features(encoder, rows)
+    features = student.image_features(encoder, {row.image: row.image_bytes for row in rows if row.image})
     alone = student.token_losses(rows[:1], features)
     together = student.token_losses([rows[1], rows[0], rows[2]], features)
     start = rows[1].n_supervised

@@ -80,8 +80,18 @@ class Encoder:
         n = (vision.image_size // vision.patch_size) ** 2 + (config.vision_feature_select_strategy == "full")
         return cls(tokenizer, processor, config.image_token_index, n, recipe)
 
+    def prompt(self, question: str, images: int) -> np.ndarray:
+        """Return the tokens after which the student answers a question about `images` images; never truncated."""
+        text, _ = self.recipe.chat.render([(question, None)], images=images)
+        return self.tokenize(text)[0]
+
+    @property
+    def end_token(self) -> int:
+        """The token that ends an answer."""
+        return self.tokenizer.convert_tokens_to_ids(self.recipe.chat.end)
+
     def tokenize(self, text: str, spans: Sequence[tuple[int, int]] = ()) -> tuple[np.ndarray, np.ndarray]:
-        """Return token ids (image token expanded, truncated) and which of them lie inside `spans`."""
+        """Return token ids, image tokens expanded, and which of them lie inside `spans`."""
         found = self.tokenizer(text, return_offsets_mapping=bool(spans))
         tokens = np.asarray(found["input_ids"], np.int64)
         supervised = np.zeros(len(tokens), bool)
@@ -90,18 +100,18 @@ class Encoder:
             for start, end in spans:
                 supervised |= (offsets[:, 0] >= start) & (offsets[:, 1] <= end) & (offsets[:, 1] > offsets[:, 0])
         repeats = np.where(tokens == self.image_token, self.tokens_per_image, 1)
-        limit = self.recipe.max_length
-        return np.repeat(tokens, repeats)[:limit], np.repeat(supervised, repeats)[:limit]
+        return np.repeat(tokens, repeats), np.repeat(supervised, repeats)
 
     def encode_row(self, row: dict[str, Any]) -> Row:
         """Encode one pool row: `id`, `image` ({"bytes", ..} or None), `conversation`."""
         data = row["image"]["bytes"] if row["image"] is not None else None
         black = data is None and self.recipe.text_only_image == "black"
         turns = [(turn["user"], turn["assistant"]) for turn in row["conversation"]]
-        text, spans = self.recipe.chat.render(turns, image=data is not None or black)
+        text, spans = self.recipe.chat.render(turns, images=int(data is not None or black))
         tokens, supervised = self.tokenize(text, spans)
-        key = BLACK if black else image_key(data)
-        return Row(row["id"], tokens, supervised, key, data)
+        key = BLACK if black else image_key(data) if data is not None else None
+        limit = self.recipe.max_length
+        return Row(row["id"], tokens[:limit], supervised[:limit], key, data)
 
     def encode(self, rows: Iterable[dict[str, Any]]) -> list[Row]:
         """Encode rows, repeats once.
@@ -141,9 +151,9 @@ class Encoder:
         return image
 
 
-def image_key(data: bytes | None) -> bytes | None:
+def image_key(data: bytes) -> bytes:
     """Content address of an image within a run."""
-    return hashlib.blake2b(data, digest_size=16).digest() if data is not None else None
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def read_rows(pool: Pool, ids: Sequence[str], rewrites: dict[str, list[dict[str, str]]]) -> Iterator[dict[str, Any]]:
@@ -164,7 +174,6 @@ class Packed:
         image_slots: Indices of the image tokens in (T,).
         images: Keys of the images, in the order of their slots.
         sources, targets: Shape (S,): index of the token that predicts, and the token to predict.
-        owners: Shape (S,): the row that each target belongs to.
     """
 
     tokens: torch.Tensor
@@ -175,7 +184,6 @@ class Packed:
     images: list[bytes]
     sources: torch.Tensor
     targets: torch.Tensor
-    owners: torch.Tensor
 
     @classmethod
     def of(cls, rows: Sequence[Row], image_token: int) -> Packed:
@@ -196,7 +204,6 @@ class Packed:
             images=[row.image for row in rows if row.image is not None],
             sources=as_tensor(target_at - 1),
             targets=as_tensor(tokens[target_at]),
-            owners=as_tensor(owner[target_at]),
         )
 
     def to(self, device: torch.device) -> Packed:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional as F
 
 from curation_env.errors import MissingAssets
-from curation_env.training.data import BLACK, Encoder, Packed, Row
+from curation_env.training.data import Encoder, Packed, Row
 from curation_env.training.recipe import Recipe
 
 Features = dict[bytes, torch.Tensor]
@@ -74,8 +75,13 @@ class Student:
         self.device = device
 
     @classmethod
-    def load(cls, folder: str | Path, recipe: Recipe, device: torch.device) -> Student:
+    def load(
+        cls, folder: str | Path, recipe: Recipe, device: torch.device, attention: Literal["packed", "sdpa"] = "packed"
+    ) -> Student:
         """Load a checkpoint in the recipe's precision and freeze what the recipe freezes.
+
+        Args:
+            attention: "packed" for losses of packed rows, "sdpa" for padded batches with a cache.
 
         Raises:
             MissingAssets: There is no checkpoint at `folder`.
@@ -90,7 +96,7 @@ class Student:
         model: Any = LlavaForConditionalGeneration.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, attn_implementation="sdpa"
         )
-        model.set_attn_implementation({"text_config": "packed"})
+        model.set_attn_implementation({"text_config": attention})
         model.to(device)
         model.eval()  # the students have no dropout: eval and train modes are the same function
         for name, parameter in model.named_parameters():
@@ -99,19 +105,21 @@ class Student:
         return cls(model, device)
 
     def image_features(
-        self, encoder: Encoder, rows: Sequence[Row], on_progress: Callable[[int, int], None] | None = None
+        self,
+        encoder: Encoder,
+        images: Mapping[bytes, bytes | None],
+        on_progress: Callable[[int, int], None] | None = None,
     ) -> Features:
-        """Return what the frozen tower says of every distinct image: (tokens, width) by image key.
+        """Return what the vision tower says of images (encoded bytes by key): (tokens, width) by key.
 
         The order of the batches depends on the set of images alone, so the result does too.
         """
-        images = {row.image: row.image_bytes for row in rows if row.image is not None}
         keys = sorted(images)
         features: Features = {}
         config = self.model.config
         for start in range(0, len(keys), IMAGES_PER_BATCH):
             chunk = keys[start : start + IMAGES_PER_BATCH]
-            pixels = encoder.pixels([None if key == BLACK else images[key] for key in chunk]).to(self.device)
+            pixels = encoder.pixels([images[key] for key in chunk]).to(self.device)
             with torch.inference_mode():
                 states = self.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
                 chosen = states[config.vision_feature_layer]
@@ -140,6 +148,13 @@ class Student:
         ).last_hidden_state[0]
         logits = self.model.lm_head(hidden.index_select(0, packed.sources))
         return F.cross_entropy(logits.float(), packed.targets, reduction="none")
+
+    def tower_digest(self) -> bytes:
+        """Digest of the vision tower's weights: what cached features depend on besides the images."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name, tensor in sorted(self.model.model.vision_tower.state_dict().items()):
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.digest()
 
     def save(self, folder: Path, init: str | Path) -> None:
         """Write a checkpoint folder that `from_pretrained` loads, whole or not at all."""

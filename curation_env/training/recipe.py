@@ -27,16 +27,16 @@ class Chat(BaseModel):
     answer: str = " {text}"
     end: str = "</s>"
 
-    def render(self, turns: Sequence[tuple[str, str | None]], *, image: bool) -> tuple[str, list[tuple[int, int]]]:
+    def render(self, turns: Sequence[tuple[str, str | None]], *, images: int) -> tuple[str, list[tuple[int, int]]]:
         """Return the text of a conversation and the character spans of its supervised parts.
 
         Args:
             turns: (user, assistant) texts; an assistant text of None ends the prompt where the model goes on.
-            image: Whether the image placeholder stands before the first user text.
+            images: How many image placeholders stand before the first user text.
         """
         text, spans = "", []
         for k, (user, answer) in enumerate(turns):
-            text += self.user.replace("{text}", (self.image if image and k == 0 else "") + user) + self.assistant
+            text += self.user.replace("{text}", (self.image * images if k == 0 else "") + user) + self.assistant
             if answer is not None:
                 start = len(text)
                 text += self.answer.replace("{text}", answer) + self.end

@@ -80,7 +80,10 @@ def train(
     mark = clock()
     student = Student.load(init, recipe, place)
     seconds["model"], mark = clock() - mark, clock()
-    features = student.image_features(encoder, rows, lambda done, n: report(_event("images", done, n, "images", mark)))
+    images = {row.image: row.image_bytes for row in rows if row.image is not None}
+    features = student.image_features(
+        encoder, images, lambda done, n: report(_event("images", done, n, "images", mark))
+    )
     seconds["features"], mark = clock() - mark, clock()
 
     # Optimizer.

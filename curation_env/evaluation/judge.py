@@ -1,0 +1,119 @@
+"""The client of the judge: an OpenAI-compatible endpoint, probed first, asked concurrently, never replaced."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any, NamedTuple
+
+import httpx
+
+from curation_env.errors import JudgeUnavailable
+from curation_env.evaluation.scorers import JudgeRequest
+
+ATTEMPTS = 5
+CONCURRENCY = 8
+TIMEOUT = httpx.Timeout(120.0, connect=10.0)
+FIRST_WAIT, LONGEST_WAIT = 0.25, 30.0
+MAX_TOKENS = 1024
+
+
+class Endpoint(NamedTuple):
+    """Where the judge is: base URL (ending in /v1), the model to ask, and its key ("" for none)."""
+
+    url: str
+    model: str
+    key: str
+
+
+class JudgeClient:
+    """Asks one judge. Equal messages are asked once; requests and answers are kept in `log`.
+
+    Raises:
+        JudgeUnavailable: From `probe` and `ask`, when the endpoint can't be reached, refuses, or answers nonsense after
+            retries with growing waits (and temperature, from the second attempt on).
+    """
+
+    def __init__(self, endpoint: Endpoint, first_wait: float = FIRST_WAIT) -> None:
+        self.endpoint = endpoint
+        self.first_wait = first_wait
+        self.log: dict[str, str] = {}
+        headers = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
+        # The machine's proxy settings are for the world outside; a judge is named by its address.
+        self._client = httpx.Client(base_url=endpoint.url, headers=headers, timeout=TIMEOUT, trust_env=False)
+
+    def __enter__(self) -> JudgeClient:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._client.close()
+
+    def probe(self, request: JudgeRequest) -> None:
+        """Check that the endpoint serves the model and answers `request` acceptably."""
+        listed = self._send("GET", "models")
+        try:
+            names = [entry["id"] for entry in listed["data"]]
+        except (KeyError, TypeError) as error:
+            raise self._unavailable(f"its list of models is malformed: {listed!r}"[:300]) from error
+        if self.endpoint.model not in names:
+            raise self._unavailable(f"it does not serve {self.endpoint.model!r}, only {', '.join(map(str, names))}")
+        self._answer(request)
+
+    def ask(self, requests: Sequence[JudgeRequest], on_progress: Callable[[int, int], None] | None = None) -> list[str]:
+        """Return the judge's answer to every request; the first failure cancels the rest."""
+        distinct = {request.message: request for request in requests if request.message not in self.log}
+        with ThreadPoolExecutor(CONCURRENCY) as threads:
+            futures = {threads.submit(self._answer, request): message for message, request in distinct.items()}
+            try:
+                for done, future in enumerate(as_completed(futures), 1):
+                    self.log[futures[future]] = future.result()
+                    if on_progress:
+                        on_progress(done, len(futures))
+            except BaseException:
+                threads.shutdown(wait=True, cancel_futures=True)
+                raise
+        return [self.log[request.message] for request in requests]
+
+    def _answer(self, request: JudgeRequest) -> str:
+        said: Any = None
+        for attempt in range(ATTEMPTS):
+            body = {
+                "model": self.endpoint.model,
+                "messages": [{"role": "user", "content": request.message}],
+                "temperature": 0.5 * attempt,
+                "max_tokens": MAX_TOKENS,
+            }
+            reply = self._send("POST", "chat/completions", body)
+            try:
+                said = reply["choices"][0]["message"]["content"]
+            except (KeyError, IndexError, TypeError):
+                said = reply
+            if isinstance(said, str) and request.accept(said.strip()):
+                return said.strip()
+        raise self._unavailable(f"{ATTEMPTS} answers in a row were no grade, the last was {str(said)[:200]!r}")
+
+    def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        """Send a request; try again after a time-out, a broken connection, 429, 5xx, or an answer that is no JSON."""
+        cause = ""
+        for attempt in range(ATTEMPTS):
+            wait = min(self.first_wait * 2**attempt, LONGEST_WAIT)
+            try:
+                response = self._client.request(method, path, json=body)
+                if response.status_code == 200:
+                    return response.json()
+                cause = f"it answered {response.status_code}: {response.text[:200]}"
+                if response.status_code not in (408, 409, 429) and response.status_code < 500:
+                    raise self._unavailable(cause)
+                asked = response.headers.get("Retry-After", "")
+                wait = min(float(asked), LONGEST_WAIT) if asked.isdigit() else wait
+            except httpx.HTTPError as error:
+                cause = f"{type(error).__name__}: {error}"
+            except ValueError as error:
+                cause = f"its answer is no JSON: {error}"
+            if attempt < ATTEMPTS - 1:
+                time.sleep(wait)
+        raise self._unavailable(f"{ATTEMPTS} attempts failed, the last because {cause}")
+
+    def _unavailable(self, cause: str) -> JudgeUnavailable:
+        return JudgeUnavailable(f"the judge {self.endpoint.model} at {self.endpoint.url} is of no use: {cause}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import errno
+import glob
 import inspect
 import io
 import os
@@ -81,7 +82,7 @@ def run_policy(
     Raises:
         SandboxError: The engine failed: nobody's fault but the machine's.
     """
-    for left in workspace.parent.glob(f".{workspace.name}.policy-*"):
+    for left in workspace.parent.glob(f".{glob.escape(workspace.name)}.policy-*"):
         remove_tree(left)  # of a process that was killed here
     scratch = Path(tempfile.mkdtemp(prefix=f".{workspace.name}.policy-", dir=workspace.parent))
 

@@ -12,15 +12,15 @@ from typing import Any, ClassVar, NamedTuple, Protocol, cast, runtime_checkable
 
 import gymnasium as gym
 import numpy as np
-from curation_env.envs.base import CurationEnv
 from gymnasium import spaces
 
-from curation_env.actions import POLICY, policy
+from curation_env.actions import policy
+from curation_env.envs.base import CurationEnv
 from curation_env.errors import CurationError
 from curation_env.host import HostBackend
 
 #: Journal events of this loop, beside the environment's own.
-STARTED, TICKET, ENDED = "agent_started", "ticket_taken", "agent_ended"
+STARTED, ENDED = "agent_started", "agent_ended"
 
 
 class AgentDiverged(CurationError):
@@ -158,11 +158,7 @@ def run_episode(
     while not over:
         waiting = core.session.waiting()
         ticket = waiting[0].name if waiting else ""
-        if ticket:
-            core.ledger.event(TICKET, ticket=ticket)
-            action: Any = policy()
-        else:
-            action = agent.act(observation, info)
+        action = policy() if ticket else agent.act(observation, info)
         observation, gained, terminated, truncated, info = env.step(action)
         number, reward = number + 1, reward + float(gained)
         step = Step(number, action, observation, float(gained), terminated, truncated, info, ticket)
@@ -211,25 +207,18 @@ class _Record:
         return from_plain(self._space, self.started["observation"]), _info(self.started["info"])
 
     def _steps(self, events: list[dict[str, Any]]) -> Iterator[Step]:
-        ticket, number = "", 0
-        for event in events:
-            if event["kind"] == TICKET:
-                ticket = event["ticket"]
-            elif event["kind"] == "step":
-                number += 1
-                # A ticket that was taken by a process which died before its step leaves a mark without one.
-                played = ticket if _is_empty_policy(event["action"]) else ""
-                yield Step(
-                    number,
-                    event["action"],
-                    from_plain(self._space, event["observation"]),
-                    event["reward"],
-                    event["terminated"],
-                    False,
-                    _info(event["info"]),
-                    played,
-                )
-                ticket = ""
+        recorded = [event for event in events if event["kind"] == "step"]
+        for number, event in enumerate(recorded, start=1):
+            yield Step(
+                number,
+                event["action"],
+                from_plain(self._space, event["observation"]),
+                event["reward"],
+                event["terminated"],
+                False,
+                _info(event["info"]),
+                event["ticket"]["name"] if event["ticket"] else "",
+            )
 
 
 def _catch_up(env: gym.Env[Any, Any], agent: Agent, record: _Record, seed: int) -> tuple[Any, dict[str, Any]]:
@@ -287,10 +276,6 @@ def _saves(agent: Agent) -> Saves:
     if not isinstance(agent, Saves):
         raise TypeError(f"agent {agent.name!r} is not deterministic, so it must implement save(path) and load(path)")
     return agent
-
-
-def _is_empty_policy(action: Any) -> bool:
-    return isinstance(action, dict) and action.get("tool") == POLICY and action.get("text") == ""
 
 
 def _short(action: Any) -> str:

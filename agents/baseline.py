@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from curation_env import actions
 from curation_env.agents.base import Agent
 from curation_env.agents.policies import policy_source
-
-from curation_env import actions
 
 
 class BaselineAgent(Agent):

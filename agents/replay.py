@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from curation_env.agents.base import Agent, Step
-
 from curation_env import actions
+from curation_env.agents.base import Agent, Step
 from curation_env.errors import CurationError
 from curation_env.ledger import Ledger
 from curation_env.runs import Run, read_run

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import optuna
-from curation_env.agents.base import Agent, Step
-from curation_env.agents.policies import policy_source
 
 from curation_env import actions
+from curation_env.agents.base import Agent, Step
+from curation_env.agents.policies import policy_source
 from curation_env.mixture import mixture_policy
 
 

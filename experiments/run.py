@@ -14,14 +14,13 @@ from typing import Any, NoReturn
 
 import hydra
 import yaml
-from curation_env.agents.base import Agent, EpisodeResult, Step, has_ended, run_episode
-from curation_env.wrappers import scaffold
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 from rich.console import Console
 
 from curation_env import envs
+from curation_env.agents.base import Agent, EpisodeResult, Step, has_ended, run_episode
 from curation_env.errors import CurationError
 from curation_env.ledger import read_events
 from curation_env.pool import canonical_json
@@ -30,6 +29,7 @@ from curation_env.report.table import run_table, save_plot
 from curation_env.runs import NoSuchRun, locate, read_run
 from curation_env.task import Task, conf_dir
 from curation_env.tracking import Tracker
+from curation_env.wrappers import limits, scaffold
 
 OVERRIDES = ("iterations", "rows", "tokens", "seeds", "feedback", "detail")
 #: Where things lie: no part of what a run is.
@@ -72,7 +72,7 @@ def run_hash(settings: dict[str, Any], task: Task) -> str:
 def is_finished(folder: Path) -> bool:
     """Whether the newest episode of a run folder was played to its end."""
     try:
-        return has_ended(list(read_events(locate(folder))))
+        return has_ended(read_events(locate(folder)))
     except NoSuchRun:
         return False
 
@@ -100,7 +100,7 @@ def play(settings: dict[str, Any], agent: Agent, folder: Path, tracker: Tracker)
         )
         env.unwrapped.on_progress = progress  # type: ignore[attr-defined]  # after `make`: a spec holds plain data
         try:
-            env = scaffold(env, **settings["scaffold"])
+            env = scaffold(limits(env), **settings["scaffold"])
             tracker.start(folder, folder.name, settings)
             result = run_episode(env, agent, seed=settings["seed"], resume=True, options=options, on_step=on_step)
             tracker.finish({key: value for key, value in asdict(result).items() if key != "folder"})

@@ -84,7 +84,7 @@ def test_a_killed_run_goes_on(run, tmp_path):
     assert "iteration 1:" not in output
     assert "iteration 3:" in output
     (folder,) = folders(tmp_path)
-    events = list(read_events(locate(folder)))
+    events = read_events(locate(folder))
     assert [event["number"] for event in events if event["kind"] == "iteration"] == [0, 1, 2, 3]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Callable
@@ -17,6 +18,14 @@ ENGINES = ("bubblewrap", "docker")
 LIMITS = SandboxLimits(
     memory_mb=256, cpus=1.0, pids=64, disk_mb=32, output_bytes=100_000, file_mb=16, tmp_mb=32, files=3000
 )
+
+
+_naps = itertools.count(1000)
+
+
+def new_nap() -> str:
+    """A number of seconds that no other test sleeps, by which its processes are found."""
+    return f"{next(_naps)}.{os.getpid()}"
 
 
 def engine(kind: str, workspace: Path, **config: object) -> Sandbox:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sandbox_support import ENGINES, LIMITS, engine, host_processes, text, until
+from sandbox_support import ENGINES, LIMITS, engine, host_processes, new_nap, text, until
 
 from curation_env.errors import SandboxError
 from curation_env.sandbox import Mount, Sandbox, SandboxDied
@@ -41,6 +41,11 @@ def sandbox(shared: Sandbox) -> Sandbox:
 @pytest.fixture(params=ENGINES)
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture
+def nap() -> str:
+    return new_nap()
 
 
 # -- commands
@@ -117,21 +122,21 @@ def test_output_at_the_limit_is_whole(sandbox: Sandbox) -> None:
     assert result.stdout == bytes(LIMITS.output_bytes)
 
 
-def test_background_process_does_not_hold_the_command(sandbox: Sandbox) -> None:
-    result = sandbox.exec("sleep 7771 & echo started", timeout=10)
+def test_background_process_does_not_hold_the_command(sandbox: Sandbox, nap: str) -> None:
+    result = sandbox.exec(f"sleep {nap} & echo started", timeout=10)
     assert result.stdout == b"started\n"
     assert result.seconds < 5
     assert "sleep" in text(sandbox, "cat /proc/[0-9]*/comm")
 
 
-def test_timeout_kills_every_descendant(sandbox: Sandbox) -> None:
-    script = "trap '' TERM INT HUP; (setsid sleep 7772 &); (setsid nohup sh -c 'sleep 7772; true' &) ; sleep 7772"
+def test_timeout_kills_every_descendant(sandbox: Sandbox, nap: str) -> None:
+    script = f"trap '' TERM INT HUP; (setsid sleep {nap} &); (setsid nohup sh -c 'sleep {nap}; true' &) ; sleep {nap}"
     result = sandbox.exec(f"echo begun; {script}", timeout=1.0)
     assert result.timed_out
     assert result.exit_code == 137
     assert result.stdout == b"begun\n"
     assert 1.0 <= result.seconds < 4
-    assert until(lambda: not host_processes("7772"), 2.0)
+    assert until(lambda: not host_processes(nap), 2.0)
 
 
 def test_many_threads_at_once(sandbox: Sandbox) -> None:
@@ -169,8 +174,8 @@ def test_popen_streams_both_ways(sandbox: Sandbox) -> None:
         process.write(b"late")
 
 
-def test_popen_wait_keeps_output_and_times_out(sandbox: Sandbox) -> None:
-    process = sandbox.popen("head -c 300000 /dev/zero; sleep 7773")
+def test_popen_wait_keeps_output_and_times_out(sandbox: Sandbox, nap: str) -> None:
+    process = sandbox.popen(f"head -c 300000 /dev/zero; sleep {nap}")
     with pytest.raises(TimeoutError):
         process.wait(0.5)
     process.kill()
@@ -180,7 +185,7 @@ def test_popen_wait_keeps_output_and_times_out(sandbox: Sandbox) -> None:
     while not process.eof:
         kept += process.read(1)
     assert len(kept) == LIMITS.output_bytes
-    assert until(lambda: not host_processes("7773"), 2.0)
+    assert until(lambda: not host_processes(nap), 2.0)
 
 
 def test_popen_of_a_lot_loses_nothing(sandbox: Sandbox) -> None:
@@ -192,8 +197,8 @@ def test_popen_of_a_lot_loses_nothing(sandbox: Sandbox) -> None:
     assert process.wait(5) == 0
 
 
-def test_popen_write_to_one_that_does_not_read(sandbox: Sandbox) -> None:
-    process = sandbox.popen("sleep 7774")
+def test_popen_write_to_one_that_does_not_read(sandbox: Sandbox, nap: str) -> None:
+    process = sandbox.popen(f"sleep {nap}")
     with pytest.raises(TimeoutError):
         process.write(bytes(1 << 20), timeout=0.3)
     process.kill()
@@ -263,7 +268,7 @@ def test_read_without_permission_bits_inside(sandbox: Sandbox) -> None:
 # -- snapshot, restore, freeze, kill
 
 
-def test_snapshot_and_restore(sandbox: Sandbox, tmp_path: Path) -> None:
+def test_snapshot_and_restore(sandbox: Sandbox, tmp_path: Path, nap: str) -> None:
     text(
         sandbox,
         "mkdir -p a/b; echo one > a/b/f; ln -s /etc/passwd l; ln -s a d; chmod 700 a/b/f; mkfifo p; chmod 0 a/b",
@@ -274,10 +279,10 @@ def test_snapshot_and_restore(sandbox: Sandbox, tmp_path: Path) -> None:
     assert not (tmp_path / "one/p").exists()
     with pytest.raises(FileExistsError):
         sandbox.snapshot(tmp_path / "two", max_mb=10)
-    text(sandbox, "chmod 700 a/b; echo two > a/b/f; rm l; mkdir l; touch l/x new; rm d; sleep 7775 & true")
+    text(sandbox, f"chmod 700 a/b; echo two > a/b/f; rm l; mkdir l; touch l/x new; rm d; sleep {nap} & true")
     assert sandbox.snapshot(tmp_path / "three", max_mb=10) != digest
     sandbox.restore(tmp_path / "one")
-    assert not host_processes("7775")
+    assert not host_processes(nap)
     assert text(sandbox, "cat a/b/f; readlink l d; ls; stat -c %a a/b/f") == "one\n/etc/passwd\na\na\nd\nl\n700\n"
 
 
@@ -307,11 +312,11 @@ def test_freeze_and_thaw(sandbox: Sandbox) -> None:
     assert text(sandbox, "echo on") == "on\n"
 
 
-def test_kill_all_leaves_no_process(sandbox: Sandbox) -> None:
-    text(sandbox, "for i in 1 2 3; do (setsid sh -c 'trap \"\" TERM; sleep 7776; true' >/dev/null 2>&1 &) ; done")
-    assert until(lambda: len(host_processes("7776")) == 3)
+def test_kill_all_leaves_no_process(sandbox: Sandbox, nap: str) -> None:
+    text(sandbox, f"for i in 1 2 3; do (setsid sh -c 'trap \"\" TERM; sleep {nap}; true' >/dev/null 2>&1 &) ; done")
+    assert until(lambda: len(host_processes(nap)) == 3)
     sandbox.kill_all()
-    assert not host_processes("7776")
+    assert not host_processes(nap)
     left = sandbox.exec("cat /proc/[0-9]*/comm", timeout=10).stdout.decode().split()
     assert sorted(set(left)) in (
         ["bash", "cat", "python"],
@@ -321,14 +326,14 @@ def test_kill_all_leaves_no_process(sandbox: Sandbox) -> None:
     ), left
 
 
-def test_a_command_cannot_kill_or_trace_its_supervisor(sandbox: Sandbox) -> None:
+def test_a_command_cannot_kill_or_trace_its_supervisor(sandbox: Sandbox, nap: str) -> None:
     assert (
         sandbox.exec("kill -9 1; kill -STOP 1; kill -INT 1; kill -TERM 1; sleep 0.2; echo on", timeout=10).stdout
         == b"on\n"
     )
-    assert sandbox.exec("kill -9 -1; sleep 7777", timeout=10).exit_code == 137
-    assert sandbox.exec("kill -9 $PPID; sleep 7777", timeout=10).exit_code == 137
-    assert until(lambda: not host_processes("7777"))
+    assert sandbox.exec(f"kill -9 -1; sleep {nap}", timeout=10).exit_code == 137
+    assert sandbox.exec(f"kill -9 $PPID; sleep {nap}", timeout=10).exit_code == 137
+    assert until(lambda: not host_processes(nap))
     assert sandbox.exec("cat /proc/1/environ /proc/1/mem || ls -l /proc/1/fd/ && exit 9", timeout=10).exit_code != 0
     assert sandbox.alive()
 
@@ -336,8 +341,8 @@ def test_a_command_cannot_kill_or_trace_its_supervisor(sandbox: Sandbox) -> None
 # -- limits
 
 
-def test_fork_bomb_is_bounded(sandbox: Sandbox) -> None:
-    result = sandbox.exec("bomb() { bomb | bomb & }; bomb; sleep 7778", timeout=10)
+def test_fork_bomb_is_bounded(sandbox: Sandbox, nap: str) -> None:
+    result = sandbox.exec(f"bomb() {{ bomb | bomb & }}; bomb; sleep {nap}", timeout=10)
     assert result.exit_code == 137
     assert result.limit == "processes"
     begin = time.monotonic()
@@ -490,16 +495,16 @@ def test_missing_parts_are_named(kind: str, tmp_path: Path) -> None:
         sandbox.stop()
 
 
-def test_a_dead_sandbox_is_noticed_and_starts_again(kind: str, tmp_path: Path) -> None:
+def test_a_dead_sandbox_is_noticed_and_starts_again(kind: str, tmp_path: Path, nap: str) -> None:
     sandbox = engine(kind, tmp_path / "workspace")
     with pytest.raises(SandboxDied):
         sandbox.exec("true", timeout=5)
     sandbox.start()
     sandbox.start()
     text(sandbox, "echo kept > file")
-    process = sandbox.popen("sleep 7779")
-    assert until(lambda: len(host_processes("7779")) == 1)
-    first = _first_process(host_processes("7779")[0])
+    process = sandbox.popen(f"sleep {nap}")
+    assert until(lambda: len(host_processes(nap)) == 1)
+    first = _first_process(host_processes(nap)[0])
     os.kill(first, 9)
     with pytest.raises(SandboxDied):
         process.wait(10)
@@ -509,23 +514,23 @@ def test_a_dead_sandbox_is_noticed_and_starts_again(kind: str, tmp_path: Path) -
     assert sandbox.read("file", 10) == b"kept\n"
     sandbox.start()
     assert text(sandbox, "cat file") == "kept\n"
-    assert not host_processes("7779")
+    assert not host_processes(nap)
     sandbox.stop()
     sandbox.stop()
     assert not sandbox.alive()
 
 
-def test_stop_leaves_nothing(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_leaves_nothing(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nap: str) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "t"))
     (tmp_path / "t").mkdir()
     before = _leavings(tmp_path)
     sandbox = engine(kind, tmp_path / "workspace")
     with sandbox:
         state = sandbox._state.name  # type: ignore[attr-defined]
-        sandbox.popen("setsid sleep 7780")
-        sandbox.exec("(setsid sleep 7780 &)", timeout=5)
+        sandbox.popen(f"setsid sleep {nap}")
+        sandbox.exec(f"(setsid sleep {nap} &)", timeout=5)
         assert _leavings(tmp_path) != before
-    assert not host_processes("7780")
+    assert not host_processes(nap)
     assert [path.name for path in (tmp_path / "t").rglob("*") if not path.name.startswith("curation-")] == ["lock"]
     assert not list(Path("/sys/fs/cgroup").rglob(state))
     assert _leavings(tmp_path) == before

@@ -32,7 +32,8 @@ def python(sandbox: Sandbox, code: str) -> str:
 
 
 def test_the_tools_are_there(sandbox: Sandbox) -> None:
-    code = "import curation, numpy, pyarrow, datasets, PIL.Image, sys\nprint(curation.__file__)\nprint(sys.version_info[:2])"
+    code = "import curation, numpy, pyarrow, datasets, PIL.Image, sys\n"
+    code += "print(curation.__file__); print(sys.version_info[:2])"
     assert python(sandbox, code) == f"/opt/curation/lib/curation/__init__.py\n{sys.version_info[:2]}\n"
     assert text(sandbox, "python3 -c 'print(1)'; command -v curation") == "1\n/opt/curation/bin/curation\n"
     assert "submit" in text(sandbox, "curation --help")

@@ -181,7 +181,7 @@ class BubblewrapSandbox(SupervisedSandbox):
             with contextlib.suppress(OSError, IndexError, ValueError):
                 pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
                 threads += len(os.listdir(f"/proc/{pid}/task"))
-        if threads > self.config.limits.pids:
+        if threads + 1 >= self.config.limits.pids:  # the agent is one more
             return "processes"
         return "memory" if pages * os.sysconf("SC_PAGE_SIZE") > self.config.limits.memory_mb * _MB else ""
 

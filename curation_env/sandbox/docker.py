@@ -75,6 +75,15 @@ def _reap(client: docker.DockerClient) -> int:
     return count
 
 
+def _bind(listener: socket.socket, folder: Path, name: str) -> None:
+    """Bind below `folder`, however long its path is: the name of a socket has 107 bytes at most."""
+    fd = os.open(folder, os.O_PATH | os.O_CLOEXEC)
+    try:
+        listener.bind(f"/proc/self/fd/{fd}/{name}")
+    finally:
+        os.close(fd)
+
+
 class DockerSandbox(SupervisedSandbox):
     """See `Sandbox` for the contract. `image` is a tag or id; by default the newest of the present recipe."""
 
@@ -109,7 +118,7 @@ class DockerSandbox(SupervisedSandbox):
         link.mkdir()
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         with listener:
-            listener.bind(str(link / "socket"))
+            _bind(listener, link, "socket")
             listener.listen(1)
             output: Iterator[bytes] | None = None
             try:

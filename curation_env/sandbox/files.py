@@ -223,6 +223,14 @@ def usage(root: Path, *, stop_at: int) -> tuple[int, int, bool]:
     return size, count, deep
 
 
+def keep_own(root: Path) -> None:
+    """Give the workspace itself back the permission bits that a command may have taken away."""
+    with contextlib.suppress(OSError):
+        mode = stat.S_IMODE(root.stat().st_mode)
+        if mode & 0o700 != 0o700:
+            root.chmod(mode | 0o700)
+
+
 def deleted_bytes(pids: Iterable[int], root: Path) -> int:
     """Blocks of files that were deleted but are held open by `pids`, on the file system of `root`."""
     found: dict[int, int] = {}

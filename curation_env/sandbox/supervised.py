@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from curation_env.errors import SandboxError
+from curation_env.sandbox import files
 from curation_env.sandbox.base import WORKSPACE, Command, ExecResult, SandboxConfig, SandboxDied
 from curation_env.sandbox.hosted import HostedFiles
 from curation_env.sandbox.link import MAX_ARGUMENT, AgentLink, AgentProcess, Capture, Pending, Sink
@@ -175,6 +176,7 @@ class SupervisedSandbox(HostedFiles):
 
     def _settle(self) -> None:
         """What an earlier command left behind must not be held against the next one."""
+        files.keep_own(self.config.workspace)
         if self._over_limit():
             self.kill_all()
 

@@ -84,5 +84,6 @@ class Watch:
 
     def _usage(self) -> tuple[int, int, bool]:
         root = self._config.workspace
+        files.keep_own(root)
         size, count, deep = files.usage(root, stop_at=4 * self._config.limits.files)
         return size + files.deleted_bytes(self._pids(), root), count, deep

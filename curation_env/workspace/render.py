@@ -44,8 +44,8 @@ def history_table(history: Sequence[Mapping[str, Any]]) -> str:
             [
                 _plain(entry.get("iteration")),
                 _plain(entry.get("status")),
-                _plain(entry.get("score")),
-                *(_plain(scores.get(name)) for name in benchmarks),
+                _score(entry.get("score")),
+                *(_score(scores.get(name)) for name in benchmarks),
             ]
         )
     widths = [max(len(line[column]) for line in table) for column in range(len(header))]
@@ -78,6 +78,12 @@ def signal_summary(name: str, values: np.ndarray) -> dict[str, Any]:
 def _plain(value: Any) -> str:
     if value is None:
         return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.2f}" if abs(value) >= 10 else f"{value:.4g}"
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
     return str(value)
+
+
+def _score(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

@@ -76,20 +76,16 @@ def available() -> dict[str, str]:
 
 def choose_kind() -> SandboxKind:
     """What `auto` means on this machine. Raises `SandboxUnavailable`."""
-    from curation_env.sandbox.bubblewrap import bubblewrap_problem
-    from curation_env.sandbox.docker import docker_problem
-
-    without_docker = docker_problem()
-    if not without_docker:
+    problems = available()
+    if not problems["docker"]:
         return "docker"
-    without_bubblewrap = bubblewrap_problem()
-    if not without_bubblewrap:
-        _log.info("sandbox: bubblewrap (%s)", without_docker)
+    if not problems["bubblewrap"]:
+        _log.info("sandbox: bubblewrap (%s)", problems["docker"])
         return "bubblewrap"
     if os.environ.get(NO_ISOLATION) == "1":
         _log.warning("sandbox: NONE, commands of the agent run unconfined (%s=1)", NO_ISOLATION)
         return "none"
     raise SandboxUnavailable(
-        f"no sandbox engine.\n- docker: {without_docker}\n- bubblewrap: {without_bubblewrap}\n"
+        f"no sandbox engine.\n- docker: {problems['docker']}\n- bubblewrap: {problems['bubblewrap']}\n"
         f"To run the agent's commands without any isolation, set {NO_ISOLATION}=1."
     )

@@ -245,13 +245,13 @@ class BubblewrapSandbox(SupervisedSandbox):
         assert self._state is not None
         copy = self._state.path / "dev" / name
         copy.parent.mkdir(exist_ok=True)
-        os.mknod(copy, host.stat().st_mode, host.stat().st_rdev)
-        copy.chmod(0o666)
         try:
+            os.mknod(copy, host.stat().st_mode, host.stat().st_rdev)
+            copy.chmod(0o666)
             os.close(os.open(copy, os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY))
         except OSError as error:
-            if error.errno == errno.EACCES:
-                raise SandboxError(f"no device nodes can be on {copy.parent}: set TMPDIR to another disk") from error
+            if error.errno != errno.ENXIO:  # /dev/tty, for a process without a terminal
+                raise SandboxError(f"no device node can be made ({error}): set TMPDIR to another disk") from error
         return copy
 
 

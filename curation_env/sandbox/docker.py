@@ -227,7 +227,7 @@ class DockerSandbox(SupervisedSandbox):
         found: dict[str, Any] = {
             "mem_limit": limits.memory_mb * _MB,
             "memswap_limit": limits.memory_mb * _MB,
-            "nano_cpus": int(limits.cpus * 1e9),
+            "nano_cpus": int(min(limits.cpus, os.cpu_count() or 1) * 1e9),  # Docker refuses more than there are
             "pids_limit": limits.pids,
         }
         if self.config.gpus:

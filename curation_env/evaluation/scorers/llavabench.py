@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from curation_env.evaluation.scorers.base import Grade, JudgeRequest, Scorer, judge_message
@@ -28,7 +29,7 @@ def two_scores(text: str) -> tuple[float, float] | None:
 
 def _acceptable(text: str) -> bool:
     scores = two_scores(text)
-    return scores is not None and scores[0] > 0 and scores[1] >= 0
+    return scores is not None and all(map(math.isfinite, scores)) and scores[0] > 0 and scores[1] >= 0
 
 
 class LLaVABench(Scorer):

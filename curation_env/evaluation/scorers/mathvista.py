@@ -49,8 +49,8 @@ class MathVista(Scorer):
     def ask(self, item: Item, prediction: str) -> JudgeRequest | None:
         if self._settled(item, prediction):
             return None
-        message = judge_message(
-            _INSTRUCTION, question=item.question, reference=item.answer, prediction=prediction, rule="mathvista"
+        message = judge_message(  # no reference: who reads an answer out must not know the right one
+            _INSTRUCTION, question=item.question, reference="", prediction=prediction, rule="mathvista"
         )
         return JudgeRequest(message, lambda text: True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import string
 
 from curation_env.evaluation.scorers.base import Grade, Scorer
 from curation_env.evaluation.suite import Item
@@ -38,9 +39,10 @@ def infer_letter(answer: str, options: dict[str, str]) -> str:
 
 def infer_text(answer: str, options: dict[str, str]) -> str:
     """Return the letter of the one option whose text an answer holds; "" when none or several, or it is too long."""
+    answer = answer.lower()
     if len(answer) > 2 * sum(map(len, options.values())):
         return ""
-    found = [letter for letter, text in options.items() if text.lower() in answer.lower()]
+    found = [letter for letter, text in options.items() if text.lower() in answer]
     return found[0] if len(found) == 1 else ""
 
 
@@ -50,11 +52,16 @@ def infer(answer: str, options: dict[str, str]) -> str:
 
 
 class MultipleChoice(Scorer):
-    """Share of right letters. A question without options (MMMU has some) becomes "the answer, or other answers"."""
+    """Share of right letters.
+
+    A question without options (MMMU has some) becomes "the answer, or other answers". As in VLMEvalKit's MMMU, an
+    answer that is one capital letter is the right letter even there, and any other answer means the first option.
+    """
 
     def grade(self, item: Item, prediction: str, verdict: str | None) -> Grade:
-        options, right = item.options, item.answer
+        options = item.options
         if "A" not in options:
-            options, right = {**options, "A": item.answer, "B": "Other Answers"}, "A"
+            options = {**options, "A": item.answer, "B": "Other Answers"}
+        right = item.answer if item.answer in [*string.ascii_uppercase] else "A"
         said = infer(prediction, options)
         return Grade(float(said == right), said)

@@ -55,10 +55,10 @@ class ImageRules(_Strict):
     gain: float = Field(default=1.25, ge=1, description="strongest change of a channel's contrast in a recoloured copy")
     offset: float = Field(default=16.0, ge=0, description="strongest change of a channel's brightness, in grey levels")
     lightness: float = Field(
-        default=2.2, gt=0, description="largest difference in lightness, root mean square grey levels"
+        default=2.6, gt=0, description="largest difference in lightness, root mean square grey levels"
     )
-    share: float = Field(default=0.1, gt=0, description="the same as a share of the picture's contrast")
-    colour: float = Field(default=35.0, gt=0, description="largest difference of a block's mean colour, in grey levels")
+    share: float = Field(default=0.16, gt=0, description="the same as a share of the picture's contrast")
+    colour: float = Field(default=40.0, gt=0, description="largest difference of a block's mean colour, in grey levels")
 
 
 class AuditRules(_Strict):

@@ -3,13 +3,16 @@
     python experiments/benchmarks/audit_mini.py                  # world 0 and the five test worlds
     python experiments/benchmarks/audit_mini.py --worlds 0 7 --scale nano --json audit.json
 
-The truth file says which rows are leaks; the audit never reads it. Seconds are of one process, CPU time.
+The truth file says which rows are leaks; the audit never reads it. Seconds are of one process, CPU time. A second table
+takes every picture of the suite: altered copies that must be found, and pictures that must not.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import random
 import tempfile
 import time
 from collections import Counter
@@ -21,10 +24,14 @@ from rich.console import Console
 from rich.table import Table
 
 from curation_env.audit.gate import audit
+from curation_env.audit.image import ImageIndex
 from curation_env.audit.index import AuditIndex, build_index
+from curation_env.audit.rules import as_rules
 from curation_env.audit.view import write_view
-from curation_env.mini.pool import build_pool
-from curation_env.mini.suite import build_suite
+from curation_env.mini import language
+from curation_env.mini.pool import ALTERATIONS, build_pool
+from curation_env.mini.render import Look, alter, encode_png, pixels
+from curation_env.mini.suite import build_suite, suite_items
 from curation_env.mini.world import SCALES, TEST_WORLDS, Scale
 from curation_env.pool import Pool
 from curation_env.submission import Submission
@@ -74,6 +81,29 @@ def measure(world: int, scale: Scale, task: Task, folder: Path) -> dict:
     }
 
 
+def measure_pictures(scale: Scale, task: Task) -> dict[str, tuple[int, int]]:
+    """How many altered copies match the right item, and how many other pictures match any; each of how many."""
+    pictures = [item.picture for items in suite_items(scale).values() for item in items if item.image_of is None]
+    index = ImageIndex([(k, encode_png(pixels(p))) for k, p in enumerate(pictures)], as_rules(task.audit_config).image)
+    rng = random.Random(0)
+    figures = {}
+    for kind in ALTERATIONS:
+        found = index.match([encode_png(alter(pixels(p), kind, rng)) for p in pictures for _ in range(3)])
+        right = [k // 3 in {match.item for match in matches} for k, matches in enumerate(found)]
+        figures[f"altered copy: {kind}"] = (sum(right), len(right))
+    draws = (language.draw_scene, language.draw_sign, language.draw_digits, language.draw_chart)
+    others = {
+        "clean picture": [draw(rng, False) for draw in draws for _ in range(len(pictures))],
+        "same scene, other background and place": [
+            dataclasses.replace(p, look=Look.draw(rng)) for p in pictures for _ in range(3)
+        ],
+    }
+    for kind, drawn in others.items():
+        found = index.match([encode_png(pixels(p)) for p in drawn])
+        figures[kind] = (sum(map(bool, found)), len(drawn))
+    return figures
+
+
 def show(results: list[dict]) -> None:
     """Print one row per leak kind, one column per world."""
     table = Table("planted leak", *(f"world {r['world']}" for r in results), "recall")
@@ -102,8 +132,13 @@ def main() -> None:
         build_suite(Path(folder) / "suite", scale)
         results = [measure(world, scale, task, Path(folder)) for world in options.worlds]
     show(results)
+    pictures = measure_pictures(scale, task)
+    table = Table("picture", "matched", "of")
+    for kind, (matched, of) in pictures.items():
+        table.add_row(kind, f"{matched:,}", f"{of:,}")
+    Console().print(table)
     if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+        options.json.write_text(json.dumps({"worlds": results, "pictures": pictures}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

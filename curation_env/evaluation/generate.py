@@ -50,14 +50,15 @@ def generate(
 
 
 def batches(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
-    """Yield indices of prompts by answer limit and length, bounded by rows and by padded tokens."""
+    """Yield indices of prompts with one answer limit and similar lengths, bounded by rows and by padded tokens."""
     order = sorted(range(len(prompts)), key=lambda k: (prompts[k].max_new_tokens, len(prompts[k].tokens), k))
     batch: list[int] = []
     for k in order:
-        longest = len(prompts[k].tokens) + prompts[k].max_new_tokens
-        if len(batch) == ROWS_PER_BATCH or (len(batch) + 1) * longest > TOKENS_PER_BATCH:
-            if batch:
-                yield batch
+        limit = prompts[k].max_new_tokens
+        padded = (len(batch) + 1) * (len(prompts[k].tokens) + limit)
+        full = len(batch) == ROWS_PER_BATCH or padded > TOKENS_PER_BATCH
+        if batch and (full or prompts[batch[-1]].max_new_tokens != limit):
+            yield batch
             batch = []
         batch.append(k)
     if batch:
@@ -68,7 +69,7 @@ def _decode(student: Student, prompts: list[Prompt], features: Features, end_tok
     from transformers import DynamicCache
 
     longest = max(len(prompt.tokens) for prompt in prompts)
-    limits = torch.tensor([prompt.max_new_tokens for prompt in prompts])
+    limit = prompts[0].max_new_tokens
     tokens = np.full((len(prompts), longest), end_token)
     present = np.zeros((len(prompts), longest), np.int64)
     for row, prompt in enumerate(prompts):
@@ -86,22 +87,22 @@ def _decode(student: Student, prompts: list[Prompt], features: Features, end_tok
     ).last_hidden_state[:, -1]
 
     answers: list[list[int]] = [[] for _ in prompts]
-    rows = torch.arange(len(prompts))  # which prompt each row of the shrinking batch belongs to
+    rows = list(range(len(prompts)))  # which prompt each row of the shrinking batch belongs to
     lengths = mask.sum(1)
-    for step in range(int(limits.max())):
+    for step in range(limit):
         chosen = student.model.lm_head(hidden).argmax(-1)
         listed = chosen.tolist()
-        for row, token in zip(rows.tolist(), listed, strict=True):
+        for row, token in zip(rows, listed, strict=True):
             if token != end_token:
                 answers[row].append(token)
-        going = (chosen.cpu() != end_token) & (step + 1 < limits[rows])
-        if not going.any():
+        going = [k for k, token in enumerate(listed) if token != end_token]
+        if not going or step + 1 == limit:
             break
-        if int(going.sum()) < len(rows):
-            keep = going.nonzero()[:, 0]
-            on_device = keep.to(student.device)
-            rows, chosen, mask, lengths = rows[keep], chosen[on_device], mask[on_device], lengths[on_device]
-            cache.batch_select_indices(on_device)
+        if len(going) < len(rows):
+            rows = [rows[k] for k in going]
+            keep = torch.tensor(going, device=student.device)
+            chosen, mask, lengths = chosen[keep], mask[keep], lengths[keep]
+            cache.batch_select_indices(keep)
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
         hidden = text(
             inputs_embeds=student.model.get_input_embeddings()(chosen[:, None]),

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -54,6 +55,21 @@ def test_events_are_lines_with_times(tmp_path: Path) -> None:
         assert ledger.event("again")["seq"] == 2
     with pytest.raises(LedgerError, match="closed"):
         ledger.event("late")
+
+
+def test_threads_write_whole_lines_in_order(tmp_path: Path) -> None:
+    with Ledger(tmp_path) as ledger:
+
+        def write() -> None:
+            for _ in range(20):
+                ledger.event("line", text="x" * 3_000)
+
+        threads = [threading.Thread(target=write) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [event["seq"] for event in ledger.events()] == list(range(80))
 
 
 def test_commits_depend_on_content_and_history_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

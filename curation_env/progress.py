@@ -66,12 +66,14 @@ class Progress:
             started = event["stage"] != self._stage or self._finished
             if started:
                 self._stage, self._started = event["stage"], time.monotonic()
+                self._printed = self._started
             self._finished = bool(event.get("total")) and event["done"] >= event["total"]
             if self._bars is not None:
                 self._draw(event, started)
-            elif started or self._finished or time.monotonic() - self._printed >= PLAIN_SECONDS:
+            elif self._finished or not event["done"] or time.monotonic() - self._printed >= PLAIN_SECONDS:
                 self._printed = time.monotonic()
-                took = f", {self._printed - self._started:.1f} s" if self._finished and not started else ""
+                seconds = self._printed - self._started
+                took = f", {seconds:.1f} s" if self._finished and not started else ""
                 print(line(event) + took, file=self._stream or sys.stderr, flush=True)
 
     def _draw(self, event: dict[str, Any], started: bool) -> None:

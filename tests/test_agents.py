@@ -14,13 +14,13 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
+
+from curation_env import actions
 from curation_env.agents.base import Agent, AgentDiverged, Saves, Step, from_plain, has_ended, plain, run_episode
 from curation_env.agents.baseline import BaselineAgent
 from curation_env.agents.random import RandomAgent
 from curation_env.agents.replay import ReplayAgent, ReplayDiffers
 from curation_env.agents.search import SearchAgent
-
-from curation_env import actions
 from curation_env.ledger import Ledger, read_events
 from curation_env.policy import parse_front_matter
 from curation_env.runs import read_run

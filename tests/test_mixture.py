@@ -6,9 +6,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from curation_env.agents.policies import policy_source
 from workspace_support import Client, Host, make_workspace
 
+from curation_env.agents.policies import policy_source
 from curation_env.mixture import mixture_policy
 from curation_env.policy import parse_front_matter
 from curation_env.session import Session

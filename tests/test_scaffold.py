@@ -9,12 +9,12 @@ import warnings
 
 import gymnasium as gym
 import pytest
-from curation_env.envs import make
-from curation_env.wrappers import Scaffold, ScaffoldError, scaffold
-from curation_env.wrappers.scaffold import scaffold_names, scaffold_settings
 from gymnasium.utils.env_checker import check_env
 
 from curation_env.actions import shell
+from curation_env.envs import make
+from curation_env.wrappers import Scaffold, ScaffoldError, scaffold
+from curation_env.wrappers.scaffold import scaffold_names, scaffold_settings
 
 
 @pytest.mark.parametrize("name", scaffold_names())

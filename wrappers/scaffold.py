@@ -15,8 +15,9 @@ from curation_env.host import HostBackend
 from curation_env.task import conf_dir
 
 if TYPE_CHECKING:
-    from curation_env.envs.base import CurationEnv
     from jinja2 import Template
+
+    from curation_env.envs.base import CurationEnv
 
 
 class ScaffoldError(CurationError):

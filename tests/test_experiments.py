@@ -60,11 +60,11 @@ def test_a_run_leaves_its_folder_and_nothing_else(run, tmp_path):
 
 
 def test_a_sweep_makes_every_run_once(run, tmp_path):
-    run("-m", "agent=random,baseline", "iterations=1,2", "hydra.verbose=false")
+    run("-m", "agent=search,baseline", "iterations=1,2")
     assert {path.name for path in tmp_path.iterdir()} == {"runs"}
     names = [folder.name for folder in folders(tmp_path)]
-    assert sorted(name.rpartition("-")[0] for name in names) == ["nano-baseline"] * 2 + ["nano-random"] * 2
-    again = run("-m", "agent=random,baseline", "iterations=2,1")
+    assert sorted(name.rpartition("-")[0] for name in names) == ["nano-baseline"] * 2 + ["nano-search"] * 2
+    again = run("-m", "agent=search,baseline", "iterations=2,1")
     assert again.count("is finished already, so it is not made again") == 4
     assert [folder.name for folder in folders(tmp_path)] == names
 

@@ -99,10 +99,9 @@ def test_it_shows_in_the_spec_and_the_environment_can_be_made_again():
     assert json.loads(spec.to_json())["id"] == "CurationBench-Mini-v0"
 
 
-def test_check_env(tmp_path):
-    env = scaffold(make("mini", run_dir=str(tmp_path), sandbox="bubblewrap"), "open_prompt")
+def test_check_env(nano):
+    env = scaffold(nano(), "open_prompt")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message=".*different from the unwrapped version.*")
         check_env(env, skip_render_check=True)
-    env.close()

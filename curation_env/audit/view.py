@@ -31,6 +31,9 @@ def write_view(pool: Pool, index: AuditIndex, path: str | Path) -> int:
     keep = np.flatnonzero([id_ not in index.blocked for id_ in pool.ids])
     scratch = path / f".rows.{os.getpid()}.partial"
     shutil.rmtree(scratch, ignore_errors=True)
+    import datasets
+
+    datasets.disable_progress_bars()  # the caller shows progress, once
     pool.table.select(keep).flatten_indices().save_to_disk(str(scratch))
     shutil.rmtree(path / "rows", ignore_errors=True)
     scratch.rename(path / "rows")

@@ -306,7 +306,7 @@ def from_plain(space: spaces.Space[Any], value: Any) -> Any:
 
 
 def _info(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: math.nan if value is None else value for key, value in recorded.items()}
+    return dict(recorded)
 
 
 __all__ = ["Agent", "AgentDiverged", "EpisodeResult", "Saves", "Step", "has_ended", "run_episode"]

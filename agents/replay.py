@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -56,7 +55,7 @@ class Comparison(NamedTuple):
     iteration: int
     submission: bool
     recorded: float
-    replayed: float
+    replayed: float | None
 
 
 class ReplayAgent(Agent):
@@ -120,7 +119,7 @@ class ReplayAgent(Agent):
         lines = []
         for item in self.comparisons:
             ids = "same rows" if item.submission else "OTHER rows"
-            now = "not scored" if math.isnan(item.replayed) else f"{item.replayed:.2f}"
+            now = "not scored" if item.replayed is None else f"{item.replayed:.2f}"
             lines.append(f"iteration {item.iteration}: {ids}, recorded {item.recorded:.2f}, replayed {now}")
         return "\n".join(lines)
 

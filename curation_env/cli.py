@@ -224,8 +224,8 @@ def _in_world(name: str, world: int | None) -> Any:
     return task if world is None else task.in_world(world)
 
 
-def _number(value: float) -> float | None:
-    return None if value != value else round(float(value), 6)
+def _number(value: float | None) -> float | None:
+    return None if value is None else round(float(value), 6)
 
 
 def _pipeline(task: Any, data_root: Path | None) -> Any:

@@ -407,8 +407,8 @@ class Episode:
             + feedback_table(task, self.state.history, self.state.best)
         )
 
-    def gain_recovered(self, average: float) -> float:
-        """Share of the way from base to the full pool, on the items that the agent sees; NaN where not known."""
+    def gain_recovered(self, average: float) -> float | None:
+        """Share of the way from base to the full pool, on the items that the agent sees; None where not known."""
         return feedback.gain_recovered(self.task, average, self._average(0))
 
     def _recorded(self, seed: int) -> State:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,11 +21,11 @@ def shown_part(task: Task) -> str:
     return "feedback" if task.feedback == "split" else "all"
 
 
-def gain_recovered(task: Task, average: float, base: float) -> float:
-    """(score - base) / (full - base) on the items that the agent sees; NaN where the task's full pool is not known."""
+def gain_recovered(task: Task, average: float, base: float) -> float | None:
+    """(score - base) / (full - base) on the items that the agent sees; None where the task's full pool is not known."""
     reference = task.reference_scores
     if reference is None:
-        return math.nan
+        return None
     full = reference[shown_part(task)]["full"]["mean"]
     return (average - base) / (full - base)
 
@@ -70,7 +69,7 @@ def feedback_table(task: Task, history: Sequence[Iteration], best: int) -> str:
     recovered = gain_recovered(task, last.average, scored[0].average)
     lines.append(
         f"last scored: {last.average:.2f} +- {last.stderr:.2f} (standard error over items)"
-        + ("" if math.isnan(recovered) else f"; gain recovered {100 * recovered:.0f}%")
+        + ("" if recovered is None else f"; gain recovered {100 * recovered:.0f}%")
     )
     return "\n".join(lines)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import time
@@ -70,12 +69,12 @@ class CurationEnv(gym.Env[dict[str, Any], dict[str, Any]], EzPickle):
     `stop(nominate=k)`); `truncated` by limits. An infrastructure failure raises, it never looks like a score.
 
     ## Info
-    Flat, the same keys on every step; NaN or "" where there is nothing.
+    Flat, the same keys on every step; None, 0 or "" where there is nothing.
     | key | meaning |
     |---|---|
     | iteration, status | number charged so far; the status' name |
     | score, scores/<benchmark>, stderr | feedback of this step's iteration and its standard error over items, points |
-    | gain_recovered | (score - base) / (full - base) on the same items |
+    | gain_recovered | (score - base) / (full - base) on the same items; None where full is not known |
     | commit, submission | hash of the trajectory's commit; digest of what was trained on |
     | n_rows, n_supervised_tokens | size of the submission |
     | audit/<kind> | findings of the audit by kind (warnings too) |
@@ -387,14 +386,14 @@ class CurationEnv(gym.Env[dict[str, Any], dict[str, Any]], EzPickle):
         state = episode.state
         scored = status == "scored" or (status == "ready" and state.iteration == 0)
         entry = state.history[-1] if scored else None
-        nan = math.nan
-        average = nan if entry is None or entry.average is None else entry.average
+        # None, not NaN: an info that is not equal to itself fails Gymnasium's own check of determinism.
+        gain = None if entry is None or entry.average is None else episode.gain_recovered(entry.average)
         info: dict[str, Any] = {
             "iteration": state.iteration,
             "status": status,
-            "score": average,
-            "stderr": nan if entry is None else entry.stderr,
-            "gain_recovered": nan if entry is None else episode.gain_recovered(average),
+            "score": None if entry is None else entry.average,
+            "stderr": None if entry is None else entry.stderr,
+            "gain_recovered": gain,
             "commit": "" if entry is None else entry.commit,
             "submission": "" if entry is None else entry.submission,
             "n_rows": 0 if entry is None else entry.n_rows,
@@ -403,7 +402,7 @@ class CurationEnv(gym.Env[dict[str, Any], dict[str, Any]], EzPickle):
             "error": self._turn.error if self._turn is not None and status != "ready" else "",
         }
         for name in self.task.benchmarks:
-            info[f"scores/{name}"] = nan if entry is None or entry.scores is None else entry.scores[name]
+            info[f"scores/{name}"] = None if entry is None or entry.scores is None else entry.scores[name]
         for kind in AUDIT_KINDS:
             info[f"audit/{kind}"] = 0 if entry is None else entry.audit.get(kind, 0)
         return info

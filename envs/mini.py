@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from curation_env.envs.base import CurationEnv
-
 from curation_env.task import Task
 
 
@@ -53,9 +52,9 @@ class MiniWorldsEnv(CurationEnv):
     reset_options: ClassVar[tuple[str, ...]] = ("resume", "world")
 
     def _draw_task(self, options: dict[str, Any]) -> Task:
-        from curation_env.mini.world import TEST_WORLDS
+        from curation_env.mini.world import TRAIN_WORLDS
 
         world = options.get("world")
         if world is None:
-            world = self.np_random.integers(1, TEST_WORLDS)
+            world = self.np_random.integers(TRAIN_WORLDS.start, TRAIN_WORLDS.stop)
         return self.task.in_world(int(world))

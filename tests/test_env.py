@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import pickle
 import subprocess
 import sys
@@ -24,7 +22,7 @@ from curation_env.task import Task, task_names
 
 INVALID = {
     "crash": ("raise SystemExit('no idea')", "policy_failed", "no idea"),
-    "syntax": ("this is not python", "policy_failed", "SyntaxError"),
+    "syntax": ("def broken(:", "policy_failed", "SyntaxError"),
     "selects nothing": ("print('hello')", "policy_failed", "select"),
     "empty": ("import curation; curation.select([])", "invalid_submission", "empty"),
     "unknown ids": ("import curation; curation.select(['nope'])", "invalid_submission", "not in the pool"),
@@ -78,7 +76,9 @@ def test_check_env(entry, tmp_path):
     env = gym.make(entry.id, run_dir=tmp_path, sandbox="bubblewrap", render_mode="ansi")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_env(env.unwrapped if entry.task != "mini-mixture" else env, skip_render_check=True)
+        # The checker takes raw environments; it asks that wrapped ones be named as such, which is all that is ignored.
+        warnings.filterwarnings("ignore", message=".*different from the unwrapped version")
+        check_env(env if entry.task == "mini-mixture" else env.unwrapped, skip_render_check=True)
     env.close()
 
 
@@ -173,7 +173,7 @@ def test_errors_are_free_three_times_then_cost_an_iteration(nano):
     assert charged == [0, 0, 0, 1]
     obs, reward, terminated, _, info = env.step({"tool": 9, "text": ""})
     assert (info["iteration"], terminated, reward) == (2, True, 0.0)
-    assert math.isnan(info["score"])
+    assert info["score"] is None
     assert obs["history_mask"].tolist() == [1, 0, 0]
     obs, _, terminated, _, info = env.step(shell("ls"))
     assert (info["status"], terminated) == ("finished", True)
@@ -184,7 +184,7 @@ def test_random_actions_are_legal(nano):
     env.reset(seed=3)
     env.action_space.seed(3)
     for _ in range(12):
-        obs, reward, terminated, truncated, info = env.step(env.action_space.sample())
+        obs, reward, terminated, truncated, _ = env.step(env.action_space.sample())
         assert obs in env.observation_space
         assert reward == 0.0
         if terminated or truncated:

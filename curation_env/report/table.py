@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 from rich.table import Table
@@ -38,7 +37,7 @@ def run_table(run: Run) -> Table:
             *(f"{entry.scores[name]:.1f}" for name in task.benchmarks),
             f"{entry.average:.2f}",
             f"{entry.stderr:.2f}",
-            "" if math.isnan(gain) else f"{100 * gain:.0f}%",
+            _percent(gain),
             str(entry.n_rows) if entry.number else "",
         )
         if entry.number == 0 and reference is not None:
@@ -46,11 +45,15 @@ def run_table(run: Run) -> Table:
             for name, label in (("random", "random"), ("full", "full pool")):
                 mean, sd = part[name]["mean"], part[name].get("sd") or 0.0
                 gain = gain_recovered(task, mean, base)
-                table.add_row(label, *blanks, f"{mean:.2f}", f"{sd:.2f}", f"{100 * gain:.0f}%", "", style="dim")
+                table.add_row(label, *blanks, f"{mean:.2f}", f"{sd:.2f}", _percent(gain), "", style="dim")
     best = state.history[state.best]
     assert best.average is not None
     table.caption = f"* best: {best.average:.2f}. +- is the standard error over items (random, full: sd over runs)."
     return table
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.0f}%"
 
 
 def save_plot(run: Run, path: Path) -> Path:

@@ -1,20 +1,16 @@
-"""Every branch of every scoring rule, on hand-made items in the real formats; then the miniature's suite as a whole."""
+"""Every branch of every scoring rule, on hand-made items in the real formats."""
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 
 from curation_env.errors import StageFailed
-from curation_env.evaluation.scorers import SCORERS, JudgeRequest, Scorer, make_scorer
+from curation_env.evaluation.scorers import JudgeRequest, Scorer, make_scorer
 from curation_env.evaluation.scorers.hallusion import strip_punctuation, yes_or_no
 from curation_env.evaluation.scorers.llavabench import two_scores
 from curation_env.evaluation.scorers.mcq import infer, infer_letter, infer_text
-from curation_env.evaluation.suite import Item, read_items
-from curation_env.mini import judge as rubric
-from curation_env.mini.suite import build_suite, suite_items
-from curation_env.mini.world import NANO
+from curation_env.evaluation.suite import Item
 
 COLORS = {"A": "red", "B": "blue", "C": "green", "D": "dark red"}
 
@@ -382,66 +378,3 @@ def test_llavabench_is_the_ratio_of_mean_ratings() -> None:
     grades = [scorer.grade(item, "a cat", verdict) for verdict in ("8 4\nshort", "10 2")]
     assert [(g.score, g.extra) for g in grades] == [(0.4, 0.8), (0.2, 1.0)]
     assert scorer.score([item] * 2, grades) == pytest.approx(100 * 6 / 18)
-
-
-# Prompts
-
-
-def test_a_choice_prompt_is_laid_out_as_llava_is_asked() -> None:
-    item = make("1", "A", question="which ?", hint="Look up.", A="red", B="blue")
-    closing = "Answer with the option's letter from the given choices directly."
-    assert item.prompt("choice") == f"Look up.\nwhich ?\nA. red\nB. blue\n{closing}"
-    assert make("1", "3", question="how many ?").prompt("choice") == "how many ?\nAnswer the question directly."
-    assert item.prompt("open") == "which ?"
-
-
-# The miniature's suite: its real files through the rules
-
-
-@pytest.fixture(scope="module")
-def suite(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Item]]:
-    folder: Path = tmp_path_factory.mktemp("suite")
-    build_suite(folder, NANO)
-    return {name: read_items(folder / f"{name}.tsv", name) for name in suite_items(NANO)}
-
-
-RULES = {
-    "MiniHallusion": "hallusion",
-    "MiniLLaVABench": "llavabench",
-    "MiniMMBench": "mmbench",
-    "MiniMMMU": "mcq",
-    "MiniMMStar": "mcq",
-    "MiniMMVet": "mmvet",
-    "MiniMathVista": "mathvista",
-    "MiniOCR": "ocrbench",
-}
-CHOICE_SETS = ("MiniMMBench", "MiniMMMU", "MiniMMStar")
-
-
-def graded(scorer: Scorer, items: Sequence[Item], predictions: Sequence[str]) -> float:
-    """Score with the miniature's own rubric as judge; every answer of it must be acceptable."""
-    grades = []
-    for item, prediction in zip(items, predictions, strict=True):
-        request = scorer.ask(item, prediction)
-        verdict = rubric.answer(request.message) if request is not None else None
-        assert request is None or (verdict is not None and request.accept(verdict))
-        grades.append(scorer.grade(item, prediction, verdict))
-    return scorer.score(items, grades)
-
-
-@pytest.mark.parametrize("name", RULES)
-def test_the_miniatures_prompts_are_what_its_pool_teaches(name: str, suite: dict[str, list[Item]]) -> None:
-    style = "choice" if name in CHOICE_SETS else "open"
-    assert [i.prompt(style) for i in suite[name]] == [i.prompt for i in suite_items(NANO)[name]]
-
-
-@pytest.mark.parametrize(("name", "rule"), RULES.items())
-def test_true_answers_get_full_marks_and_none_get_nothing(name: str, rule: str, suite: dict[str, list[Item]]) -> None:
-    scorer, items = make_scorer(rule), suite[name]
-    gold = [i.gold for i in suite_items(NANO)[name]]
-    assert graded(scorer, items, gold) == pytest.approx(100)
-    assert graded(scorer, items, [""] * len(items)) == pytest.approx(100 / 9 if rule == "llavabench" else 0)
-
-
-def test_every_rule_is_used_by_the_miniature() -> None:
-    assert set(RULES.values()) == set(SCORERS)

@@ -31,8 +31,8 @@ class JudgeClient:
     """Asks one judge. Equal messages are asked once; requests and answers are kept in `log`.
 
     Raises:
-        JudgeUnavailable: From `probe` and `ask`, when the endpoint can't be reached, refuses, or answers nonsense after
-            retries with growing waits (and temperature, from the second attempt on).
+        JudgeUnavailable: The address is malformed; from `probe` and `ask`, when the endpoint can't be reached, refuses,
+            or answers nonsense after retries with growing waits (and temperature, from the second attempt on).
     """
 
     def __init__(self, endpoint: Endpoint, first_wait: float = FIRST_WAIT) -> None:
@@ -41,7 +41,10 @@ class JudgeClient:
         self.log: dict[str, str] = {}
         headers = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
         # The machine's proxy settings are for the world outside; a judge is named by its address.
-        self._client = httpx.Client(base_url=endpoint.url, headers=headers, timeout=TIMEOUT, trust_env=False)
+        try:
+            self._client = httpx.Client(base_url=endpoint.url, headers=headers, timeout=TIMEOUT, trust_env=False)
+        except httpx.InvalidURL as error:
+            raise self._unavailable(f"its address is none: {error}") from error
 
     def __enter__(self) -> JudgeClient:
         return self
@@ -88,7 +91,7 @@ class JudgeClient:
             try:
                 said = reply["choices"][0]["message"]["content"]
             except (KeyError, IndexError, TypeError):
-                said = reply
+                said = {"no chat completion": reply}  # never taken for an answer, whatever it is
             if isinstance(said, str) and request.accept(said.strip()):
                 return said.strip()
         raise self._unavailable(f"{ATTEMPTS} answers in a row were no grade, the last was {str(said)[:200]!r}")

@@ -28,6 +28,7 @@ import logging
 import os
 import shutil
 import socket
+import stat
 import tempfile
 import threading
 import time
@@ -53,6 +54,7 @@ SEND_SECONDS = 60.0
 WAIT_SECONDS = 10.0
 STOP_SECONDS = 10.0
 SMALL_BODY = 65_536
+FOLDER_PREFIX = "curation-session-"
 PATH_BYTES = 107  # sun_path of a Unix socket, less its final NUL
 
 
@@ -128,10 +130,14 @@ class Session(Tickets):
         """
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            _remove_stale(self.path)
-            listener.bind(str(self.path))
-            os.chmod(self.path, 0o666)  # the sandbox may run as another user; the folder keeps others of this host out
+            if self.path.is_socket() and _nobody_listens(self.path):
+                self.path.unlink()  # of a killed process
+            # Under its own name from the moment that it listens: so a socket that does not is a dead one's.
+            place = self.path if self._own_folder is None else self._own_folder / "new"
+            listener.bind(str(place))
+            os.chmod(place, 0o666)  # the sandbox may run as another user; the folder keeps others of this host out
             listener.listen(64)
+            place.rename(self.path)
         except OSError:
             listener.close()
             raise
@@ -361,20 +367,35 @@ def _hang_up(connection: socket.socket) -> None:
         connection.shutdown(socket.SHUT_RDWR)
 
 
-def _remove_stale(path: Path) -> None:
-    """Remove a socket that nobody listens on: a killed process left it."""
-    if not path.is_socket():
-        return
+def _nobody_listens(path: Path) -> bool:
+    """Whether a socket's process is gone."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
         try:
             probe.connect(str(path))
         except ConnectionRefusedError:
-            path.unlink()
+            return True
+        except BlockingIOError:  # its backlog is full
+            return False
+        return False
 
 
 def _short_folder() -> Path:
     """A private folder whose path leaves room for a socket's name, wherever TMPDIR points."""
     for parent in (tempfile.gettempdir(), "/tmp"):
-        if len(os.fsencode(parent)) <= PATH_BYTES - len("/curation-xxxxxxxx/socket"):
-            return Path(tempfile.mkdtemp(prefix="curation-", dir=parent))
+        if len(os.fsencode(parent)) <= PATH_BYTES - len(f"/{FOLDER_PREFIX}xxxxxxxx/socket"):
+            _reap(Path(parent))
+            return Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=parent))
     raise ValueError(f"no temporary folder with a path under {PATH_BYTES} bytes")
+
+
+def _reap(parent: Path) -> None:
+    """Remove the folders that this user's killed sessions left. A living one has a socket that listens, or is new."""
+    for folder in parent.glob(f"{FOLDER_PREFIX}*"):
+        with suppress(OSError):
+            status = folder.lstat()
+            if status.st_uid != os.geteuid() or not stat.S_ISDIR(status.st_mode):
+                continue
+            left = folder / "socket"
+            if _nobody_listens(left) if left.exists() else time.time() - status.st_mtime > 60:
+                shutil.rmtree(folder, ignore_errors=True)

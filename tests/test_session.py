@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -296,6 +298,23 @@ def test_a_socket_left_by_a_killed_host_is_replaced(tmp_path: Path) -> None:
             Session(path, Host()).start()
         assert ask(session, "task")["ok"]
     assert not path.exists()
+
+
+def test_folders_of_killed_hosts_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    code = (
+        "import os, signal, sys, tempfile; tempfile.tempdir = sys.argv[1]\n"
+        "from curation_env.session import Session\n"
+        "session = Session(None, None).start(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    (left,) = tmp_path.iterdir()
+    assert (left / "socket").is_socket()
+    with Session(None, Host()) as first, Session(None, Host()) as second:
+        assert sorted(tmp_path.iterdir()) == sorted([first.path.parent, second.path.parent])
+        assert ask(first, "task")["ok"]
+        assert ask(second, "task")["ok"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_tickets_name_their_bytes() -> None:

@@ -260,7 +260,7 @@ class Session(Tickets):
 
     def _check(self, header: dict[str, Any], body: list[bytes]) -> tuple[Any, bytes]:
         try:
-            with tempfile.TemporaryDirectory(prefix="check-") as folder:
+            with tempfile.TemporaryDirectory(prefix="check-", dir=self._own_folder) as folder:
                 for name, data in zip((IDS_FILE, REWRITES_FILE), body, strict=True):
                     (Path(folder) / name).parent.mkdir(exist_ok=True)
                     (Path(folder) / name).write_bytes(data)

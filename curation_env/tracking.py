@@ -71,5 +71,5 @@ class WandbTracker(Tracker):
 
     def close(self) -> None:
         if self._run is not None:
-            self._run.finish(quiet=True)
+            self._run.finish()
             self._run = None

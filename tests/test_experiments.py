@@ -22,7 +22,8 @@ COMMON = ("task=nano", "sandbox=bubblewrap", "executor.device=cpu")
 
 
 def command(*arguments):
-    return [sys.executable, str(SCRIPT), *COMMON, *arguments]
+    # Hydra's own flags come before the overrides.
+    return [sys.executable, str(SCRIPT), *sorted((*COMMON, *arguments), key=lambda text: not text.startswith("-"))]
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def test_a_run_leaves_its_folder_and_nothing_else(run, tmp_path):
     assert "\x1b" not in output
     assert "is finished already" in run("agent=search", "iterations=2")
     assert len(read_run(folder).state.history) == 3
-    assert run("agent=search", "iterations=2", "--cfg", "job").startswith("task:")
+    assert run("agent=search", "iterations=2", "--cfg=job").startswith("task:")
 
 
 def test_a_sweep_makes_every_run_once(run, tmp_path):
@@ -132,12 +133,12 @@ def test_mistakes_are_one_line(run):
 
 
 def test_groups_are_complete_and_task_files_are_the_task_group(run):
-    listed = run("--info", "defaults")
+    listed = run("--info=defaults")
     assert "task/nano" in listed
     for name in task_names():
         assert yaml.safe_load((conf_dir() / "task" / f"{name}.yaml").read_text())["name"] == name
     for path in (conf_dir() / "experiment").glob("*.yaml"):
-        config = yaml.safe_load(run(f"experiment={path.stem}", "--cfg", "job", "--resolve"))
+        config = yaml.safe_load(run(f"experiment={path.stem}", "--cfg=job", "--resolve"))
         assert config["task"]["name"] in task_names()
     assert os.environ.get("WANDB_MODE") is None
     assert json.dumps(config)

@@ -12,7 +12,6 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +27,7 @@ from curation_env.sandbox.supervised import SupervisedSandbox
 if TYPE_CHECKING:
     import docker
     from docker.models.containers import Container
+    from docker.types import CancellableStream
 
 OWNER_LABEL = "curation-env.owner"
 RUN_LABEL = "curation-env.run"
@@ -120,7 +120,7 @@ class DockerSandbox(SupervisedSandbox):
         with listener:
             _bind(listener, link, "socket")
             listener.listen(1)
-            output: Iterator[bytes] | None = None
+            output: CancellableStream | None = None
             try:
                 self._container = self._client.containers.create(
                     image.id,
@@ -141,6 +141,9 @@ class DockerSandbox(SupervisedSandbox):
             except (docker.errors.DockerException, requests.exceptions.RequestException, TimeoutError) as error:
                 words = self._last_words(output) if isinstance(error, TimeoutError) else str(error)
                 raise SandboxError(f"the container did not start: {words[-500:]}", details=words) from error
+            finally:
+                if output is not None:
+                    output.close()
         self._container.reload()
         self._counters = cgroup.of_process(self._container.attrs["State"]["Pid"])
         return AgentLink(sock, start_seconds=20.0), inside.env
@@ -167,7 +170,7 @@ class DockerSandbox(SupervisedSandbox):
             return False
         return self._container.status in ("created", "running")
 
-    def _last_words(self, output: Iterator[bytes] | None) -> str:
+    def _last_words(self, output: CancellableStream | None) -> str:
         if output is None or self._exists_running():
             return "it did not connect in time"
         return b"".join(output).decode(errors="replace").strip() or "it ended at once"

@@ -164,6 +164,8 @@ def test_the_view_leaves_blocked_rows_out(pool: Pool, index: AuditIndex, leaks: 
     assert [view.row(k) for k in (0, 1, 300)] == [pool.row(k) for k in (0, 1, 300)]
     assert (view.image_digests == pool.image_digests[: -len(leaks)]).all()
     assert audit(Submission.of(view.ids), index, view).passed
+    assert sorted(path.name for path in (tmp_path / "view").iterdir()) == ["image_digests.npy", "meta.json", "rows"]
+    assert not list(pool.path.rglob("cache*")), "nothing is written into the pool's folder"
     held = b"".join(path.read_bytes() for path in (tmp_path / "view").rglob("*") if path.is_file())
     assert not any(id_.encode() in held for id_ in leaks.values())
 

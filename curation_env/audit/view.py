@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from curation_env.audit.index import AuditIndex
+from curation_env.audit.index import BATCH, AuditIndex
 from curation_env.pool import Pool
 
 
@@ -26,18 +26,23 @@ def write_view(pool: Pool, index: AuditIndex, path: str | Path) -> int:
     Returns:
         Rows of the view.
     """
+    import datasets
+    import pyarrow as pa
+
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    keep = np.flatnonzero([id_ not in index.blocked for id_ in pool.ids])
-    scratch = path / f".rows.{os.getpid()}.partial"
+    kept = np.array([id_ not in index.blocked for id_ in pool.ids])
+    stream, scratch = path / f".rows.{os.getpid()}.arrow", path / f".rows.{os.getpid()}.partial"
     shutil.rmtree(scratch, ignore_errors=True)
-    import datasets
-
-    datasets.disable_progress_bars()  # the caller shows progress, once
-    pool.table.select(keep).flatten_indices().save_to_disk(str(scratch))
+    table = pool.table.data.table
+    with pa.ipc.new_stream(str(stream), table.schema) as writer:
+        for start in range(0, len(pool), BATCH):
+            writer.write_table(table.slice(start, BATCH).filter(pa.array(kept[start : start + BATCH])))
+    datasets.Dataset.from_file(str(stream)).save_to_disk(str(scratch))
+    stream.unlink()
     shutil.rmtree(path / "rows", ignore_errors=True)
     scratch.rename(path / "rows")
-    np.save(path / "image_digests.npy", pool.image_digests[keep])
-    meta = {**pool.meta, "rows": len(keep), "rows_of_pool": len(pool)}
+    np.save(path / "image_digests.npy", pool.image_digests[kept])
+    meta = {**pool.meta, "rows": int(kept.sum()), "rows_of_pool": len(pool)}
     (path / "meta.json").write_text(json.dumps(meta, indent=1, sort_keys=True))
-    return len(keep)
+    return int(kept.sum())

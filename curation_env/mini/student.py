@@ -99,6 +99,7 @@ def build_model(
     text = LlamaConfig(
         vocab_size=len(vocab), hidden_size=width, intermediate_size=width * 8 // 3, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=True,
+        initializer_range=0.08,
         bos_token_id=index("<s>"), eos_token_id=index("</s>"), pad_token_id=index("<pad>"),
     )  # fmt: skip
     torch.manual_seed(seed)

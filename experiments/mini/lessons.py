@@ -10,8 +10,8 @@ import numpy as np
 
 from curation_env.mini import language as say
 from curation_env.mini import questions as q
-from curation_env.mini.render import Picture, patches, pixels
-from curation_env.mini.student import count_supervised, vocabulary, words
+from curation_env.mini.render import COLORS, LETTERS, LEVELS, SHAPES, SIZES, Picture, patches, pixels
+from curation_env.mini.student import vocabulary, words
 
 IMAGE_TOKENS = 16
 KINDS = ("scene", "scene", "scene", "sign", "digits", "chart")
@@ -46,10 +46,14 @@ def encode(picture: int, turns: list[tuple[str, str]]) -> Lesson:
     return Lesson(picture, ids, supervised)
 
 
-def known_turns(rng: random.Random, picture: Picture) -> list[tuple[str, str]]:
-    """Two questions of the known forms about a scene."""
-    asks = [q.ask(rng, form, picture) for form in rng.sample(q.KNOWN, 2)]
-    return [(a.question, a.answer) for a in asks if a is not None]
+def known_turns(rng: random.Random, picture: Picture, n: int) -> list[tuple[str, str]]:
+    """Up to `n` different questions of the known forms about a scene."""
+    turns: dict[str, str] = {}
+    for form in rng.sample(q.KNOWN * 2, n):
+        found = q.ask(rng, form, picture)
+        if found is not None:
+            turns.setdefault(found.question, found.answer)
+    return list(turns.items())
 
 
 def binding(rng: random.Random) -> tuple[str, str]:
@@ -70,42 +74,55 @@ def binding(rng: random.Random) -> tuple[str, str]:
     return user, " , ".join(f"{k} is {table[k]}" for k in order) + " ."
 
 
-def lesson(rng: random.Random, number: int, picture: Picture, known: float) -> Lesson:
-    """One row about a picture, or about none: the shares of the mixture are here."""
+def lesson(rng: random.Random, number: int, picture: Picture) -> Lesson:
+    """One row about a picture, or about none: the shares of the mixture are here.
+
+    Many questions on one picture, and whole lists of statements: what is supervised is dense, or binding is not learned.
+    """
     draw = rng.random()
-    if draw < 0.04:
+    if draw < 0.03:
         return encode(-1, [say.chat_turn(rng)])
-    if draw < 0.10:
-        said = [say.fact(rng.choice(list(say.CATEGORY))) for _ in range(3)]
+    if draw < 0.06:
+        said = [say.fact(rng.choice(list(say.CATEGORY))) for _ in range(4)]
         return encode(-1, [("", " ".join(said))])
-    if draw < 0.15:
+    if draw < 0.10:
         return encode(-1, [binding(rng)])
-    if draw < 0.15 + known and isinstance(picture, say.Scene):
-        turns = known_turns(rng, picture)
-        if turns:
-            return encode(number, turns)
-    if rng.random() < 0.2:
+    if draw < 0.65 and isinstance(picture, say.Scene):
+        return encode(number, known_turns(rng, picture, 6))
+    if rng.random() < 0.15:
         return encode(number, [("", say.caption(picture))])
     said = say.statements(picture)
-    return encode(number, [("", " ".join(rng.sample(said, min(len(said), rng.choice((2, 3))))))])
+    return encode(number, [("", " ".join(rng.sample(said, min(len(said), 4))))])
 
 
-def _shard(job: tuple[int, int, int, float]) -> Shard:
-    seed, start, n, known = job
+def spoken(labels: np.ndarray) -> np.ndarray:
+    """Word ids that say what each patch shows and where it lies, -1 for none: int of shape (n, 16, 5)."""
+    contents = [-1, *(_INDEX[w] for w in (*SHAPES, *LETTERS, *map(str, range(10)), "bar"))]
+    colors = [-1, *(_INDEX[w] for w in COLORS)]
+    extents = [-1, *(_INDEX[w] for w in (*SIZES, *map(str, range(1, LEVELS + 1))))]
+    place = np.array(
+        [[_INDEX["top" if k < 8 else "bottom"], _INDEX["left" if k % 4 < 2 else "right"]] for k in range(16)]
+    )
+    shown = [np.array(table)[labels[..., j]] for j, table in enumerate((contents, colors, extents))]
+    return np.concatenate([np.stack(shown, axis=-1), np.broadcast_to(place, (len(labels), 16, 2))], axis=-1)
+
+
+def _shard(job: tuple[int, int, int]) -> Shard:
+    seed, start, n = job
     rng = random.Random(f"lessons {seed} {start}")
     images, labels, lessons = [], [], []
     for number in range(start, start + n):
         picture = q.DRAW[rng.choice(KINDS)](rng, False)
         images.append(pixels(picture))
         labels.append(patches(picture))
-        lessons += [lesson(rng, number, picture, known) for _ in range(2)]
+        lessons += [lesson(rng, number, picture) for _ in range(2)]
     return Shard(np.stack(images), np.stack(labels), lessons)
 
 
-def draw_lessons(pictures: int, known: float, procs: int, seed: int = 0) -> Shard:
+def draw_lessons(pictures: int, procs: int, seed: int = 0) -> Shard:
     """Draw pictures and two rows for each, over several processes; the result does not depend on how many."""
     size = 1000
-    jobs = [(seed, start, min(size, pictures - start), known) for start in range(0, pictures, size)]
+    jobs = [(seed, start, min(size, pictures - start)) for start in range(0, pictures, size)]
     if procs == 1:
         shards = [_shard(job) for job in jobs]
     else:
@@ -138,19 +155,3 @@ def last_tune(rng: random.Random, rows: int) -> tuple[list[Picture], list[Lesson
         lessons.append(encode(len(pictures), [(ask.question, ask.answer)]))
         pictures.append(picture)
     return pictures, lessons
-
-
-def supervised_tokens(lessons: list[Lesson]) -> int:
-    return sum(sum(lesson.supervised) for lesson in lessons)
-
-
-__all__ = [
-    "IMAGE_TOKENS",
-    "Lesson",
-    "Shard",
-    "count_supervised",
-    "draw_lessons",
-    "encode",
-    "last_tune",
-    "supervised_tokens",
-]

@@ -47,6 +47,8 @@ def main(config: DictConfig) -> None:
         _give_up(f"{config.agent._target_}: {error.__cause__ or error}")
     except CurationError as error:
         _give_up(f"{error}\n{error.details}".rstrip())
+    except KeyboardInterrupt:
+        _give_up("interrupted: the same command goes on from here", code=130)
 
 
 def make(config: DictConfig) -> None:
@@ -145,10 +147,10 @@ def _task(settings: dict[str, Any]) -> Task:
     return Task.load(name, **{key: settings[key] for key in OVERRIDES})
 
 
-def _give_up(text: str) -> NoReturn:
+def _give_up(text: str, code: int = 2) -> NoReturn:
     """A mistake of the user's, or a broken machine: what it is, and no trace of where it was noticed."""
     sys.stderr.write(f"run.py: {text}\n")
-    raise SystemExit(2) from None
+    raise SystemExit(code) from None
 
 
 if __name__ == "__main__":

@@ -61,12 +61,12 @@ def test_a_run_leaves_its_folder_and_nothing_else(run, tmp_path):
 
 
 def test_a_sweep_makes_every_run_once(run, tmp_path):
-    run("-m", "agent=search,baseline", "iterations=1,2")
+    run("-m", "agent=search,baseline", "iterations=1")
     assert {path.name for path in tmp_path.iterdir()} == {"runs"}
     names = [folder.name for folder in folders(tmp_path)]
-    assert sorted(name.rpartition("-")[0] for name in names) == ["nano-baseline"] * 2 + ["nano-search"] * 2
-    again = run("-m", "agent=search,baseline", "iterations=2,1")
-    assert again.count("is finished already, so it is not made again") == 4
+    assert [name.rpartition("-")[0] for name in names] == ["nano-baseline", "nano-search"]
+    again = run("-m", "iterations=1", "agent=baseline,search")
+    assert again.count("is finished already, so it is not made again") == 2
     assert [folder.name for folder in folders(tmp_path)] == names
 
 
@@ -114,7 +114,7 @@ def test_wandb_offline_writes_the_scores_and_sends_nothing(run, tmp_path):
     assert b"scores/MiniOCR" in data
     scores = read_run(folder).state.history[1]
     assert f"{scores.average}"[:8].encode() in data
-    assert b"sealed" not in data.replace(b"sealed_", b"")
+    assert b"sealed" not in data
 
 
 def test_mistakes_are_one_line(run):

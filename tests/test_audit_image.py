@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import imagehash
+import numpy as np
 import pytest
 from audit_support import blank, encoded, picture
 from PIL import Image, ImageDraw
 
-from curation_env.audit.image import ImageIndex
+from curation_env.audit.image import ImageIndex, perceptual_hashes, thumbnail
 from curation_env.audit.rules import ImageRules
 
 
@@ -57,6 +59,12 @@ def test_blank_and_broken_images_match_nothing() -> None:
     pictures = [(0, blank(0)), (1, blank(255)), (2, b"none"), (3, encoded(picture(1)))]
     index = ImageIndex(pictures, ImageRules())
     assert index.match([blank(0), blank(255), blank(254), b"none", b""]) == [[], [], [], [], []]
+
+
+def test_hashes_are_imagehashs() -> None:
+    thumbs = [thumbnail(picture(seed)) for seed in range(200)] + [thumbnail(picture(1).crop((0, 0, 9, 60)))]
+    expected = [np.packbits(imagehash.phash(Image.fromarray(thumb)).hash) for thumb in thumbs]
+    assert (perceptual_hashes(np.stack(thumbs)) == np.stack(expected)).all()
 
 
 def test_one_picture_of_several_items() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import curation_env.conf
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -15,10 +14,10 @@ from curation_env.mini.pool import build_pool
 from curation_env.mini.suite import build_suite
 from curation_env.mini.world import NANO
 from curation_env.pool import Pool
+from curation_env.task import conf_dir
 
-CONF = Path(next(iter(curation_env.conf.__path__)))
-RULES = AuditRules.load(CONF / "audit" / "mini-v1.yaml")
-SUITE = yaml.safe_load((CONF / "suite" / "mini-v1.yaml").read_text())
+RULES = AuditRules.load(conf_dir() / "audit" / "mini-v1.yaml")
+SUITE = yaml.safe_load((conf_dir() / "suite" / "mini-v1.yaml").read_text())
 
 
 @pytest.fixture(scope="module")

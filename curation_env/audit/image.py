@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import imagehash
 import numpy as np
 from PIL import Image
 
@@ -56,19 +55,29 @@ def pixel_digest(image: Image.Image) -> bytes:
 def thumbnail(image: Image.Image, window: tuple[float, float, float, float] = WINDOWS[0]) -> np.ndarray:
     """Return the window at the size of comparison: uint8 of shape (32, 32, 3)."""
     width, height = image.size
+    if (width, height) == (SIDE, SIDE) and window == WINDOWS[0]:
+        return np.asarray(image)
     left, top, right, bottom = window
     box = (left * width, top * height, right * width, bottom * height)
     return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR, box=box))
 
 
-def perceptual_hash(thumb: np.ndarray) -> np.ndarray:
-    """pHash of a thumbnail, 64 bits as uint8 of shape (8,)."""
-    return np.packbits(imagehash.phash(Image.fromarray(thumb)).hash)
+def perceptual_hashes(thumbs: np.ndarray) -> np.ndarray:
+    """pHash of thumbnails, uint8 (n, 32, 32, 3) to 64 bits as uint8 (n, 8).
+
+    Bit for bit what `imagehash.phash` gives (a test compares them), for many pictures at once: ten times faster.
+    """
+    from scipy.fft import dct
+
+    red, green, blue = (thumbs[..., k].astype(np.uint32) for k in range(3))
+    grey = ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).astype(np.float64)  # Pillow's "L"
+    low = dct(dct(grey, axis=1), axis=2)[:, :8, :8].reshape(-1, 64)
+    return np.packbits(low > np.median(low, axis=1, keepdims=True), axis=1)
 
 
-def contrast(thumb: np.ndarray) -> float:
-    """Standard deviation of the lightness, in grey levels."""
-    return float((thumb.astype(np.float32) @ LUMA).std())
+def contrasts(thumbs: np.ndarray) -> np.ndarray:
+    """Standard deviation of the lightness of thumbnails, in grey levels: (n, 32, 32, 3) to (n,)."""
+    return (thumbs.astype(np.float32) @ LUMA).std(axis=(1, 2))
 
 
 class Thumbs(NamedTuple):
@@ -144,14 +153,14 @@ class ImageIndex:
         self._thumbs = Thumbs.of(thumbs)
         self._hashes = faiss.IndexBinaryFlat(64)
         if thumbs:
-            self._hashes.add(np.stack([perceptual_hash(thumb) for thumb in thumbs]))
+            self._hashes.add(perceptual_hashes(self._thumbs.pixels))
 
     def _add(self, data: bytes, thumbs: list[np.ndarray]) -> int | None:
         digest = hashlib.blake2b(data, digest_size=16).digest()
         if digest in self._bytes:
             return self._bytes[digest]
         image = decode(data)
-        if image is None or contrast(thumbnail(image)) < self.rules.floor:
+        if image is None or contrasts(thumbnail(image)[None])[0] < self.rules.floor:
             return None
         pixels = pixel_digest(image)
         picture = self._pixels.setdefault(pixels, len(self._items))
@@ -176,10 +185,8 @@ class ImageIndex:
             same = self._pixels.get(pixel_digest(image))
             if same is not None:
                 found[k].setdefault(same, "pixels")
-            thumb = thumbnail(image)
-            if contrast(thumb) >= self.rules.floor:
-                thumbs.append(thumb)
-                owners.append(k)
+            thumbs.append(thumbnail(image))
+            owners.append(k)
         for k, picture in self._near(thumbs, owners):
             found[k].setdefault(picture, "near")
         return [
@@ -190,10 +197,11 @@ class ImageIndex:
     def _near(self, thumbs: list[np.ndarray], owners: list[int]) -> Iterator[tuple[int, int]]:
         if not thumbs or not self._items:
             return
-        queries = np.stack([perceptual_hash(thumb) for thumb in thumbs])
-        limits, _, windows = self._hashes.range_search(queries, self.rules.radius + 1)
-        rows = np.repeat(np.arange(len(thumbs)), (limits[1:] - limits[:-1]).astype(np.int64))
         stack = Thumbs.of(thumbs)
+        content = np.flatnonzero(contrasts(stack.pixels) >= self.rules.floor)
+        queries = perceptual_hashes(stack.pixels[content])
+        limits, _, windows = self._hashes.range_search(queries, self.rules.radius + 1)
+        rows = content[np.repeat(np.arange(len(content)), (limits[1:] - limits[:-1]).astype(np.int64))]
         for start in range(0, len(rows), CHUNK):
             row, window = rows[start : start + CHUNK], windows[start : start + CHUNK]
             same = compare(self._thumbs.take(window), stack.take(row), self.rules)

@@ -141,7 +141,7 @@ def relations(scene: Scene) -> list[tuple[str, Thing, Thing]]:
 def caption(picture: Picture) -> str:
     """One short sentence."""
     if isinstance(picture, Scene):
-        return join([f"a {name(t)}" for _, t in things(picture)]) + " ."
+        return join([f"a {name(thing)}" for _, thing in things(picture)]) + " ."
     if isinstance(picture, Sign):
         return f"a {picture.color} sign that says {' '.join(picture.letters)} ."
     if isinstance(picture, Digits):
@@ -157,8 +157,8 @@ def detail(picture: Picture) -> str:
         a, b = picture.letters
         return f"the first letter is {a} , the second letter is {b} and the color is {picture.color} ."
     if isinstance(picture, Digits):
-        a, b = picture.values
-        return f"the first digit is {a} , the second digit is {b} and the color is {picture.color} ."
+        x, y = picture.values
+        return f"the first digit is {x} , the second digit is {y} and the color is {picture.color} ."
     return "there is " + join([f"a {c} bar of height {h}" for c, h in picture.bars]) + " ."
 
 
@@ -180,11 +180,11 @@ def statements(picture: Picture) -> list[str]:
             f"the sign is {picture.color} .",
         ]
     if isinstance(picture, Digits):
-        a, b = picture.values
+        x, y = picture.values
         return [
-            f"the first digit is {a} and the second digit is {b} .",
-            f"the sum of the digits is {a + b} .",
-            f"the larger digit is {max(a, b)} .",
+            f"the first digit is {x} and the second digit is {y} .",
+            f"the sum of the digits is {x + y} .",
+            f"the larger digit is {max(x, y)} .",
         ]
     ordered = sorted(picture.bars, key=lambda bar: bar[1])
     said = [f"the tallest bar is {ordered[-1][0]} .", f"the shortest bar is {ordered[0][0]} ."]

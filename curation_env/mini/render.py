@@ -14,6 +14,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 from importlib.resources import files
+from typing import Any
 
 import numpy as np
 
@@ -127,7 +128,7 @@ def _shape_mask(shape: str, size: str) -> np.ndarray:
 
 
 @functools.cache
-def _font(name: int, size: int):  # type: ignore[no-untyped-def]
+def _font(name: int, size: int) -> Any:
     from PIL import ImageFont
 
     data = (files("curation_env.mini") / "assets" / "fonts" / FONTS[name]).read_bytes()

@@ -86,6 +86,7 @@ class WorldSpec:
 
 
 Parts = tuple[float, Mapping[str, float], Mapping[str, float], float, int]  # share, forms, faults, duplicates, turns
+Group = tuple[float, Mapping[str, float], int]  # share, forms, turns
 
 BUNDLES: dict[str, dict[str, float]] = {
     "attribute": {"color": 3, "shape": 3, "size": 2, "count": 2},
@@ -146,14 +147,14 @@ def _drawn(rng: random.Random) -> list[Parts]:
     rest = 1.0 - sum(p[0] for p in parts)
     groups = _apart(rng, left, scarce) if apart else _mixed(rng, left, scarce)
     whole = sum(share for share, _, _ in groups)
-    for share, forms, turns in groups:
-        faults = {
+    for share, mixture, turns in groups:
+        rates = {
             "wrong": rng.choice((0.0, 0.01, 0.03)), "mismatch": rng.choice((0.0, 0.01, 0.02)),
             "refusal": rng.choice((0.0, 0.01, 0.02)), "verbose": rng.choice((0.0, 0.01, 0.04)),
             "garbage": noise * rng.choice((0.5, 1.0, 1.5)),
         }  # fmt: skip
         copies = rng.choice((0.0, 0.0, 0.15, 0.4))
-        parts.append((rest * share / whole, forms, faults, copies, turns))
+        parts.append((rest * share / whole, mixture, rates, copies, turns))
     return parts
 
 
@@ -176,7 +177,7 @@ _USELESS: dict[str, tuple[dict[str, float], dict[str, float]]] = {
 }
 
 
-def _apart(rng: random.Random, n: int, scarce: float) -> list[tuple[float, Mapping[str, float], int]]:
+def _apart(rng: random.Random, n: int, scarce: float) -> list[Group]:
     """Each scarce skill in a small source of its own, as far as `n` sources allow; the known ones share the rest."""
     small = [[b] for b in SCARCE_BUNDLES]
     large = [["instruct"], *([b] for b in KNOWN_BUNDLES)]
@@ -187,14 +188,14 @@ def _apart(rng: random.Random, n: int, scarce: float) -> list[tuple[float, Mappi
     while len(small) + len(large) < n:
         large.append([rng.choice(KNOWN_BUNDLES)])
     weights = [0.5 + rng.random() for _ in small]
-    groups = [(scarce * w / sum(weights), _merge(g), 1) for w, g in zip(weights, small, strict=True)]
+    groups: list[Group] = [(scarce * w / sum(weights), _merge(g), 1) for w, g in zip(weights, small, strict=True)]
     weights = [0.4 + 1.6 * rng.random() for _ in large]
     return groups + [
         ((1 - scarce) * w / sum(weights), _merge(g), rng.choice((1, 2))) for w, g in zip(weights, large, strict=True)
     ]
 
 
-def _mixed(rng: random.Random, n: int, scarce: float) -> list[tuple[float, Mapping[str, float], int]]:
+def _mixed(rng: random.Random, n: int, scarce: float) -> list[Group]:
     """Every source is mostly of known skills and hides a few scarce ones, so its name is no handle on them."""
     hosts = [["instruct"], *([b] for b in KNOWN_BUNDLES)]
     while len(hosts) < n:

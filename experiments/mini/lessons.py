@@ -1,4 +1,4 @@
-"""What the init is taught, as rows of text over pictures: captions and statements, known questions, facts, some chat."""
+"""What the init is taught, as rows of text over pictures: statements, captions, known questions, facts, some chat."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def binding(rng: random.Random) -> tuple[str, str]:
 def lesson(rng: random.Random, number: int, picture: Picture) -> Lesson:
     """One row about a picture, or about none: the shares of the mixture are here.
 
-    Many questions on one picture, and whole lists of statements: what is supervised is dense, or binding is not learned.
+    Many questions on one picture, and lists of statements: where little is supervised, binding is not learned.
     """
     draw = rng.random()
     if draw < 0.03:

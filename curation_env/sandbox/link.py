@@ -15,7 +15,6 @@ import time
 from collections.abc import Mapping
 from typing import Protocol
 
-from curation_env.errors import SandboxError
 from curation_env.sandbox.base import KILLED, SandboxDied, SandboxProcess
 
 CHUNK = 65536
@@ -389,8 +388,3 @@ class AgentProcess(SandboxProcess):
                 self._take(fd, min(waiting[0], CHUNK))
                 waiting[0] -= CHUNK
         self.close()
-
-
-def refused(process: AgentProcess) -> SandboxError | None:
-    """The error for a command that could not be started at all (the process limit is used up), else None."""
-    return SandboxError(f"no process could be started: {process.refused}") if process.refused else None

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import gymnasium as gym
 import numpy as np
-from curation_env.envs.base import REMAINING
 from gymnasium.utils import RecordConstructorArgs
 
 from curation_env import text
+from curation_env.envs.base import REMAINING
 from curation_env.errors import LimitExceeded
 from curation_env.statuses import STATUSES
 

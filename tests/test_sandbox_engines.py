@@ -187,7 +187,7 @@ def test_a_killed_harness_leaves_nothing_running(kind: str, tmp_path: Path, nap:
     assert until(lambda: not host_processes(nap), 10)
     if kind == "none":
         return
-    clean = f"from curation_env.sandbox.{kind} import reap_orphans; print(reap_orphans())"
+    clean = "from curation_env.sandbox.docker import reap_orphans; print(reap_orphans())"
     done = subprocess.run([sys.executable, "-c", clean], env=env, capture_output=True, text=True, check=True)
     assert not state.exists(), done
     assert not list(Path("/sys/fs/cgroup").rglob(f"*{state.name}*"))

@@ -65,15 +65,6 @@ def bubblewrap_problem() -> str:
     return ""
 
 
-def reap_orphans() -> int:
-    """Remove what killed processes of this user left behind: folders and control groups. Returns how many."""
-    orphans = StateFolder.orphans()
-    for path in orphans:
-        cgroup.remove_by_name(f"curation-{os.getuid()}-{path.name}")
-        shutil.rmtree(path, ignore_errors=True)
-    return len(orphans)
-
-
 class BubblewrapSandbox(SupervisedSandbox):
     """See `Sandbox` for the contract, docs/sandbox.md for what differs from Docker."""
 
@@ -89,7 +80,7 @@ class BubblewrapSandbox(SupervisedSandbox):
     def _launch(self) -> tuple[AgentLink, dict[str, str]]:
         if problem := bubblewrap_problem():
             raise SandboxUnavailable(problem)
-        reap_orphans()
+        StateFolder.reap()
         self._state = StateFolder()
         interpreter = harness_interpreter(host_usr=True)
         inside = contents(self.config, self._state.path, interpreter, str(interpreter.executable))

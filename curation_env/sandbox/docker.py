@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import socket
 import time
 from pathlib import Path
@@ -51,7 +50,7 @@ def docker_problem() -> str:
 
 
 def reap_orphans() -> int:
-    """Remove containers and folders of this user whose owner is dead. Returns how many."""
+    """Remove containers, folders and control groups of this user whose owner is dead. Returns how many."""
     client = connect()
     try:
         return _reap(client)
@@ -62,16 +61,12 @@ def reap_orphans() -> int:
 def _reap(client: docker.DockerClient) -> int:
     import docker
 
-    dead = {str(path) for path in StateFolder.orphans()}
-    count = 0
+    count = StateFolder.reap()
     for container in client.containers.list(all=True, filters={"label": f"{OWNER_LABEL}={os.getuid()}"}, sparse=True):
-        state = container.attrs["Labels"].get(STATE_LABEL, "")
-        if state in dead or not os.path.isdir(state):
+        if not StateFolder.owned(Path(container.attrs["Labels"].get(STATE_LABEL, "/absent"))):
             with contextlib.suppress(docker.errors.APIError):  # it may be on its way out by itself
                 container.remove(force=True)
                 count += 1
-    for path in dead:
-        shutil.rmtree(path, ignore_errors=True)
     return count
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from curation_env.assets import data_root
-from curation_env.sandbox import files
+from curation_env.sandbox import cgroup, files
 from curation_env.sandbox.base import LAYERS, SOCKET, TOOLS, WORKSPACE, Mount, SandboxConfig
 from curation_env.sandbox.hosted import below_workspace
 from curation_env.sandbox.interpreter import Interpreter
@@ -56,16 +56,22 @@ class StateFolder:
             os.close(self._lock)
 
     @staticmethod
-    def orphans() -> list[Path]:
-        """Folders whose owner is dead."""
+    def owned(path: Path) -> bool:
+        """Whether the sandbox of this folder has a living owner."""
+        return _is_locked(path / "lock")
+
+    @staticmethod
+    def reap() -> int:
+        """Remove the folders, and control groups, of owners that are dead. Returns how many."""
         root = Path(tempfile.gettempdir()) / f"curation-sandbox-{os.getuid()}"
         found = []
         if root.is_dir():
             with _locked(root / "lock"):
-                for path in root.iterdir():
-                    if path.is_dir() and not _is_locked(path / "lock"):
-                        found.append(path)
-        return found
+                found = [path for path in root.iterdir() if path.is_dir() and not StateFolder.owned(path)]
+        for path in found:
+            cgroup.remove_by_name(f"curation-{os.getuid()}-{path.name}")
+            shutil.rmtree(path, ignore_errors=True)
+        return len(found)
 
 
 def contents(config: SandboxConfig, state: Path, interpreter: Interpreter | None, python: str) -> Contents:

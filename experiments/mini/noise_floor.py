@@ -1,10 +1,10 @@
-"""The miniature's noise floor: what base, random, full, hand-written, careless and oracle selections score, world by world.
+"""The miniature's noise floor: what base, random, full, hand-written, careless and oracle selections score.
 
-    python experiments/mini/noise_floor.py --worlds 0,1000000,1000001,1000002,1000003,1000004 --jobs 2 --out runs/noise_floor
+    python experiments/mini/noise_floor.py --worlds 0,1000000,1000001,1000002,1000003,1000004 --jobs 2
 
-Every run goes through the real trainer and evaluation. Finished runs are JSON lines under `--out`, keyed by world, policy and seeds, so
-an interrupted measurement goes on where it was. It prints a table a world, checks the lines that the miniature promises, and with
-`--write` stores `conf/reference/mini.json`.
+Every run goes through the real trainer and evaluation. Finished runs are JSON lines under `--out`, keyed by world,
+policy and seeds, so an interrupted measurement goes on where it was. It prints a table a world, checks the lines that
+the miniature promises, and with `--write` stores `conf/reference/mini.json`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,12 @@ from curation_env.task import Task
 ROOT = Path(__file__).resolve().parents[2]
 SUBSETS, TRAINING_SEEDS = 12, 5
 POLICIES: dict[str, Policy] = {
-    "random": random_rows, "random by tokens": random_tokens, "oracle": oracle, **HAND_WRITTEN, **CARELESS,
-}  # fmt: skip
+    "random": random_rows,
+    "random by tokens": random_tokens,
+    "oracle": oracle,
+    **HAND_WRITTEN,
+    **CARELESS,
+}
 
 
 class Run(NamedTuple):
@@ -62,9 +66,14 @@ def facts(pipeline: Pipeline) -> Facts:
     loss, _ = pipeline.signal("loss")
     questions = [turns[0]["user"] for turns in pipeline.view.table["conversation"]]
     return Facts(
-        sources=pipeline.view.sources, questions=questions, tokens=pipeline.view.n_tokens, loss=loss,
-        skill=[r["skill"] for r in rows], fault=[r["fault"] for r in rows], duplicate=[r["duplicate_of"] != "" for r in rows],
-    )  # fmt: skip
+        sources=pipeline.view.sources,
+        questions=questions,
+        tokens=pipeline.view.n_tokens,
+        loss=loss,
+        skill=[r["skill"] for r in rows],
+        fault=[r["fault"] for r in rows],
+        duplicate=[r["duplicate_of"] != "" for r in rows],
+    )
 
 
 def measure(pipeline: Pipeline, world: int, run: Run, seen: Facts) -> dict[str, Any]:
@@ -80,10 +89,15 @@ def measure(pipeline: Pipeline, world: int, run: Run, seen: Facts) -> dict[str, 
         seed = pipeline.task.recipe_config["seeds"][run.training]
         scores = pipeline.train_scores(submission, [seed])[seed]
     return {
-        "world": world, **run._asdict(), "rows": len(chosen), "tokens": int(seen.tokens[chosen].sum()),
-        "scores": {part: dict(scores.parts[part]) for part in PARTS}, "mean": {part: scores.mean(part) for part in PARTS},
-        "task": pipeline.task.hash, "seconds": round(time.monotonic() - started, 2),
-    }  # fmt: skip
+        "world": world,
+        **run._asdict(),
+        "rows": len(chosen),
+        "tokens": int(seen.tokens[chosen].sum()),
+        "scores": {part: dict(scores.parts[part]) for part in PARTS},
+        "mean": {part: scores.mean(part) for part in PARTS},
+        "task": pipeline.task.hash,
+        "seconds": round(time.monotonic() - started, 2),
+    }
 
 
 def work(args: argparse.Namespace, world: int, job: int) -> None:
@@ -98,11 +112,8 @@ def work(args: argparse.Namespace, world: int, job: int) -> None:
                 record = measure(pipeline, world, run, seen)
                 file.write(json.dumps(record) + "\n")
                 file.flush()
-                left = f"{k + 1}/{len(todo)}"
-                print(
-                    f"world {world} job {job} {left}: {' '.join(map(str, run))}: {record['mean']['all']:.2f} in {record['seconds']} s",
-                    flush=True,
-                )
+                name = f"{run.policy} {run.seed} {run.training}"
+                print(f"world {world} job {job} {k + 1}/{len(todo)}: {name}: {record['mean']['all']:.2f}", flush=True)
 
 
 def records(out: Path, world: int) -> list[dict[str, Any]]:

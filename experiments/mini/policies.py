@@ -1,7 +1,7 @@
-"""Selection policies of the miniature's noise floor: plain ones that a person could write, careless ones, and the oracle.
+"""Selection policies of the miniature's noise floor: plain ones that a person could write, careless ones, the oracle.
 
-A policy sees what an agent sees (`Facts`: sources, texts, token counts, the init's loss) and returns row positions. The oracle
-alone reads the truth.
+A policy sees what an agent sees (`Facts`: sources, texts, token counts, the init's loss) and returns row positions.
+The oracle alone reads the truth.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def top_loss(facts: Facts, n: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def noisy_source(facts: Facts, n: int, rng: np.random.Generator) -> np.ndarray:
-    """Only the source with the largest part of faulty rows (the truth picks it), as often as it takes: no repeats."""
+    """Only the source with the largest part of faulty rows (the truth picks it), without repeats."""
     bad: dict[str, list[bool]] = {}
     for source, fault in zip(facts.sources, facts.fault, strict=True):
         bad.setdefault(source, []).append(fault not in ("", "leak"))

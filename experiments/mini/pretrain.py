@@ -1,14 +1,15 @@
 """Make the student's init: a tower that sees, then a language model firm on some tasks and weak on the rest.
 
-    python experiments/mini/pretrain.py --out /tmp/init                      # the shipped init, about 30 minutes on one CPU thread
-    python experiments/mini/pretrain.py --variants 96x190x10x3,96x190x20x3 --procs 16  # several side by side on one GPU
+    python experiments/mini/pretrain.py --out DIR
+    python experiments/mini/pretrain.py --out DIR --variants 96x190x10x3,96x190x20x3 --procs 16  # side by side
 
-1. Vision tower: three linear heads on every patch say what covers it; the heads are dropped and the tower is frozen for good.
+1. Vision tower: three linear heads on every patch say what covers it; they are dropped, the tower is frozen for good.
 2. Projector and Llama: captions, statements, facts, chat, and question form for the known tasks only.
 3. A last tune on a few mixed rows, so that question forms never seen have a moderate loss.
 
-A variant is `<width>x<rows of the last tune>x<learning rate in 1e-4>x<layers>`. Each is saved under `--out` and asked the benchmarks
-(exact match under teacher forcing); `--probe` also fine-tunes it on random rows and on the whole of world 0's pool.
+A variant is `<width>x<rows of the last tune>x<learning rate in 1e-4>x<layers>`. Each is saved under `--out` and asked
+the benchmarks (exact match under teacher forcing); `--probe` also fine-tunes it on random rows and on the whole of
+world 0's pool.
 """
 
 from __future__ import annotations
@@ -249,8 +250,11 @@ def probe(model: torch.nn.Module, exam: Exam, device: torch.device, say: str) ->
 
 
 def start_from_matching(model: torch.nn.Module) -> None:
-    """Start every attention layer where equal words attend to each other and are copied (keys as queries, output as the
-    transpose of values): a question then finds the patch that shows its word in hundreds of steps, not in tens of thousands."""
+    """Start every attention layer where equal words attend to each other and are copied.
+
+    Keys equal queries, output is the transpose of values: a question then finds the patch that shows its word in
+    hundreds of steps, not in tens of thousands.
+    """
     with torch.no_grad():
         for layer in model.model.language_model.layers:
             attention = layer.self_attn
@@ -259,8 +263,7 @@ def start_from_matching(model: torch.nn.Module) -> None:
 
 
 def align(model: torch.nn.Module, features: torch.Tensor, labels: np.ndarray, steps: int = 1500) -> None:
-    """Start the projector where a patch is said by the sum of its words' embeddings; without this the binding of a colour to
-    its shape takes many times as long to learn."""
+    """Start the projector where a patch is said by the sum of its words' embeddings."""
     first = model.model.multi_modal_projector.linear_1
     mean, spread = features.mean((0, 1)), features.std((0, 1))
     with torch.no_grad():  # the tower's features are large and far from centred: fold their whitening in
@@ -300,8 +303,10 @@ def variant(name: str, args: argparse.Namespace) -> None:
         graded = exam.grade(model)
         print(f"{name}: known { ({f: graded[f] for f in q.KNOWN}) } mean {graded['mean']}", flush=True)
 
+    peak, betas = lr * 1e-4, (0.9, 0.98)
     fit(
-        model, features, lessons, lr=lr * 1e-4, epochs=args.epochs, size=args.batch, seed=0, betas=(0.9, 0.98), label=name, watch=watch
+        model, features, lessons,
+        lr=peak, epochs=args.epochs, size=args.batch, seed=0, betas=betas, label=name, watch=watch,
     )  # fmt: skip
     print(f"{name}: before the last tune {json.dumps(exam.grade(model))}", flush=True)
     torch.save(model.state_dict(), args.out / f"{name}.before.pt")  # other last tunes can start here

@@ -132,19 +132,31 @@ def trajectory(folder):
 
 
 def test_an_episode_is_played_to_its_end(nano):
-    env, told = nano(), []
+    env, told = nano(iterations=2), []
     result = run_episode(env, BaselineAgent(["random", "source_balanced"]), seed=0, on_step=told.append)
-    assert (result.reason, result.iterations, result.steps) == ("terminated", 3, 3)
-    assert [step.info["status"] for step in told] == ["scored"] * 3
+    assert (result.reason, result.iterations, result.steps) == ("terminated", 2, 2)
+    assert [step.info["status"] for step in told] == ["scored"] * 2
     history = read_run(result.folder).state.history
     assert result.reward == pytest.approx(max(entry.average for entry in history) - history[0].average)
     assert result.score == history[result.best].average
-    assert len({entry.submission for entry in history[1:]}) == 3
+    assert len({entry.submission for entry in history[1:]}) == 2
     assert has_ended(read_events(result.folder))
     # Asked again, the finished run is read, not played.
     again = run_episode(env, BaselineAgent(["random", "source_balanced"]), seed=0, resume=True, on_step=told.append)
     assert again == result
-    assert len(told) == 3
+    assert len(told) == 2
+
+
+def test_the_page_on_agents_runs_as_it_is(nano, tmp_path, monkeypatch):
+    page = (Path(__file__).parent.parent / "docs" / "agents.md").read_text()
+    use, write = (block.partition("```")[0] for block in page.split("```python\n")[1:])
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(use.replace('"mini", iterations=5', '"nano", iterations=1'), scope)
+    assert scope["result"].folder == Path("my-run/episode-0000")
+    exec(write, scope)
+    result = play(nano(iterations=1), scope["LookThenBalance"]())
+    assert (result.steps, result.iterations) == (2, 1)
 
 
 class Counting(gym.Wrapper):
@@ -300,13 +312,13 @@ def test_an_agent_that_changed_does_not_resume(nano, tmp_path):
 
 
 def test_replay_gets_the_recorded_scores(nano):
-    recorded = play(nano(), BaselineAgent(["random", "source_balanced"]), seed=0)
+    recorded = play(nano(iterations=2), BaselineAgent(["random", "source_balanced"]))
     agent = ReplayAgent(recorded.folder)
-    replayed = play(nano(cache=False), agent, seed=8)
+    replayed = play(nano(iterations=2, cache=False), agent, seed=8)
     before, after = (read_run(result.folder).state.history for result in (recorded, replayed))
     assert [entry.scores for entry in after] == [entry.scores for entry in before]
     assert [entry.submission for entry in after] == [entry.submission for entry in before]
-    assert agent.summary().count("same rows") == 3
+    assert agent.summary().count("same rows") == 2
 
 
 def test_replay_of_policies_names_the_one_that_selects_other_rows(nano, random_policy):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ def train(
     out: str | Path,
     rewrites: dict[str, list[dict[str, str]]] | None = None,
     device: str = "auto",
+    zero_stage: int = 2,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Fine-tune `init` on the rows `ids` of a pool and write a checkpoint.
@@ -48,6 +50,7 @@ def train(
         seed: One of the recipe's seeds: it draws the order of the rows, nothing else.
         out: Folder for `checkpoint/` and `training.jsonl` (step, loss, lr, tokens; no times).
         rewrites: Conversations that replace those of the pool, by row id.
+        zero_stage: DeepSpeed's ZeRO stage where a launcher started several processes that share every step.
 
     Returns:
         `checkpoint` (folder), `steps`, `supervised_tokens` (of one epoch), `final_loss`, `seconds` by part.
@@ -59,11 +62,11 @@ def train(
     """
     clock = time.perf_counter
     started, seconds = clock(), {}
-    report = on_progress or (lambda event: None)
     rank, world = engines.rank_and_world()
+    report = on_progress if on_progress is not None and rank == 0 else lambda event: None
 
     # Settings. The order of a submission is not part of it: everything works on the sorted multiset of ids.
-    place = resolve_device(device, rank)
+    place = resolve_device(device, int(os.environ.get("LOCAL_RANK", 0)))
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(place.type == "cpu")
     out = Path(out)
@@ -87,19 +90,18 @@ def train(
     seconds["features"], mark = clock() - mark, clock()
 
     # Optimizer.
-    engine = engines.make(student.model, recipe, world)
+    engine = engines.make(student, recipe, world, zero_stage)
 
     # Loop.
     loss_value, step = float("nan"), 0
-    log_path = out / "training.jsonl"
-    with open(log_path, "w") as log_file:
+    with open(out / "training.jsonl" if rank == 0 else os.devnull, "w") as log_file:
         for window in windows(len(rows), recipe, seed):
             tokens = sum(rows[k].n_supervised for k in window)
             lr = recipe.lr_at(step, total)
             mine = [rows[k] for k in window[rank::world]]
             window_loss = torch.zeros((), device=place)
             for batch, last in engine.schedule(micro_batches(mine, recipe.tokens_per_micro_batch)):
-                loss = student.token_losses(batch, features).sum() / tokens
+                loss = engine.loss(batch, features) / tokens
                 engine.backward(loss, last)
                 window_loss += loss.detach()
             loss_value = float(engine.sum(window_loss))

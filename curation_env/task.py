@@ -181,7 +181,8 @@ class Task(_Strict):
 
     def in_world(self, world: int) -> Task:
         """The same task in one world of the miniature."""
-        return self.model_copy(update={"pool": self.pool.model_copy(update={"world": world})})
+        pinned = self.pool.hash if world == self.pool.world else None  # a task file pins its own world only
+        return self.model_copy(update={"pool": self.pool.model_copy(update={"world": world, "hash": pinned})})
 
 
 _MOVES_SCORES = ("rows", "tokens", "seeds", "feedback", "repeats")

@@ -19,7 +19,7 @@ def libraries() -> dict[str, str]:
         "numpy": numpy.__version__,
         "Pillow": PIL.__version__,
         "FreeType": features.version("freetype2") or "none",
-        "libjpeg": features.version("jpg") or "none",
+        "libjpeg-turbo": features.version_feature("libjpeg_turbo") or "none",
     }
 
 

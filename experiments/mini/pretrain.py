@@ -171,6 +171,8 @@ def fit(
             print(
                 f"{label}: step {step + 1}/{len(plan)} loss {loss.item():.4f} {time.time() - start:.0f} s", flush=True
             )
+            watch()
+            watch()
 
 
 def exact(model: torch.nn.Module, features: torch.Tensor, lessons: list[Lesson]) -> np.ndarray:

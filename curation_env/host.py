@@ -32,6 +32,7 @@ class HostBackend:
             "tokens": task.tokens,
             "repeats": task.repeats,
             "rewrite": task.rewrite,
+            "feedback": task.feedback,
             "pool_rows": len(sources),
             "sources": {name: sources.count(name) for name in sorted(set(sources))},
             "benchmarks": task.benchmarks,

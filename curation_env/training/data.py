@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -164,13 +164,26 @@ def read_rows(pool: Pool, ids: Sequence[str], rewrites: dict[str, list[dict[str,
 
 
 @dataclass(frozen=True)
+class Rectangle:
+    """A run of packed rows of similar length, for attention: `n` tokens in a (rows, longest) rectangle.
+
+    Attributes:
+        slots: int64 of shape (n,): where each token lies in the flattened rectangle.
+    """
+
+    n: int
+    rows: int
+    longest: int
+    slots: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Packed:
-    """Rows laid end to end: T tokens of R rows, S targets, all int64.
+    """Rows laid end to end: T tokens, S targets, all int64.
 
     Attributes:
         tokens, positions: Shape (T,); positions restart at every row.
-        slots: Shape (T,): where a token lies in the (R, longest) rectangle, flattened.
-        shape: (R, longest).
+        rectangles: The rows again, as runs of similar length.
         image_slots: Indices of the image tokens in (T,).
         images: Keys of the images, in the order of their slots.
         sources, targets: Shape (S,): index of the token that predicts, and the token to predict.
@@ -178,38 +191,49 @@ class Packed:
 
     tokens: torch.Tensor
     positions: torch.Tensor
-    slots: torch.Tensor
-    shape: tuple[int, int]
+    rectangles: list[Rectangle]
     image_slots: torch.Tensor
     images: list[bytes]
     sources: torch.Tensor
     targets: torch.Tensor
 
     @classmethod
-    def of(cls, rows: Sequence[Row], image_token: int) -> Packed:
+    def of(cls, rows: Sequence[Row], image_token: int, device: torch.device) -> Packed:
+        """Pack rows in their order; rows sorted by length make few and tight rectangles."""
         lengths = [len(row.tokens) for row in rows]
-        longest = max(lengths)
         tokens = np.concatenate([row.tokens for row in rows])
         positions = np.concatenate([np.arange(n) for n in lengths])
-        owner = np.repeat(np.arange(len(rows)), lengths)
         is_target = np.concatenate([row.supervised for row in rows]) & (positions > 0)
         target_at = np.flatnonzero(is_target)
-        as_tensor = torch.from_numpy
+
+        def tensor(values: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(values).to(device)
+
+        rectangles = []
+        for run in runs(lengths):
+            longest = max(run)
+            slots = np.concatenate([k * longest + np.arange(n) for k, n in enumerate(run)])
+            rectangles.append(Rectangle(sum(run), len(run), longest, tensor(slots)))
         return cls(
-            tokens=as_tensor(tokens),
-            positions=as_tensor(positions),
-            slots=as_tensor(owner * longest + positions),
-            shape=(len(rows), longest),
-            image_slots=as_tensor(np.flatnonzero(tokens == image_token)),
+            tokens=tensor(tokens),
+            positions=tensor(positions),
+            rectangles=rectangles,
+            image_slots=tensor(np.flatnonzero(tokens == image_token)),
             images=[row.image for row in rows if row.image is not None],
-            sources=as_tensor(target_at - 1),
-            targets=as_tensor(tokens[target_at]),
+            sources=tensor(target_at - 1),
+            targets=tensor(tokens[target_at]),
         )
 
-    def to(self, device: torch.device) -> Packed:
-        """The same on another device."""
-        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        return replace(self, **moved) if device.type != "cpu" else self
+
+def runs(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Cut lengths, in order, into runs whose longest is at most a quarter longer than their first."""
+    run: list[int] = []
+    for n in lengths:
+        if run and not 4 * max(n, run[0]) <= 5 * min(n, run[0]):
+            yield run
+            run = []
+        run.append(n)
+    yield run
 
 
 def micro_batches(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from curation_env.errors import MissingAssets
-from curation_env.training.data import Encoder, Packed, Row
+from curation_env.training.data import Encoder, Packed, Rectangle, Row
 from curation_env.training.recipe import Recipe
 
 Features = dict[bytes, torch.Tensor]
@@ -45,26 +45,27 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each packed row: (1, heads, T, width) in, (1, T, heads, width) out.
 
-    Only here are the rows a padded rectangle: padding lies to the right of every row, so a causal mask alone keeps it
-    out, and no other layer computes on padding.
+    Only here are rows padded, to the longest of their run: padding lies to the right of every row, so a causal mask
+    alone keeps it out, and no other layer computes on it.
     """
-    rows, longest = layout.shape
+    parts = [states[0].transpose(0, 1).split([r.n for r in layout.rectangles]) for states in (query, key, value)]
+    mixed = []
+    for rectangle, *states in zip(layout.rectangles, *parts, strict=True):
+        q, k, v = (_padded(flat, rectangle) for flat in states)
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        flat = out.transpose(1, 2).flatten(0, 1)
+        mixed.append(flat if len(flat) == rectangle.n else flat.index_select(0, rectangle.slots))
+    return torch.cat(mixed)[None], None
 
-    def rectangle(packed: torch.Tensor) -> torch.Tensor:
-        flat = packed[0].transpose(0, 1)
-        padded = flat.new_zeros((rows * longest, *flat.shape[1:])).index_copy(0, layout.slots, flat)
-        return padded.view(rows, longest, *flat.shape[1:]).transpose(1, 2)
 
-    mixed = F.scaled_dot_product_attention(
-        rectangle(query),
-        rectangle(key),
-        rectangle(value),
-        is_causal=True,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    flat = mixed.transpose(1, 2).reshape(rows * longest, *mixed.shape[1::2])
-    return flat.index_select(0, layout.slots)[None], None
+def _padded(flat: torch.Tensor, rectangle: Rectangle) -> torch.Tensor:
+    """(n, heads, width) of a run of rows to (rows, heads, longest, width)."""
+    if len(flat) < rectangle.rows * rectangle.longest:
+        empty = flat.new_zeros((rectangle.rows * rectangle.longest, *flat.shape[1:]))
+        flat = empty.index_copy(0, rectangle.slots, flat)
+    return flat.unflatten(0, (rectangle.rows, rectangle.longest)).transpose(1, 2)
 
 
 class Student:
@@ -140,7 +141,7 @@ class Student:
 
     def token_losses(self, rows: Sequence[Row], features: Features) -> torch.Tensor:
         """Return the cross-entropy of every supervised token of `rows`, packed: shape (S,), row after row."""
-        packed = Packed.of(rows, self.model.config.image_token_index).to(self.device)
+        packed = Packed.of(rows, self.model.config.image_token_index, self.device)
         images = torch.stack([features[key] for key in packed.images]) if packed.images else None
         embedded = self.embed(packed.tokens, packed.image_slots, images)
         hidden = self.model.model.language_model(

@@ -98,7 +98,7 @@ def train(
         for window in windows(len(rows), recipe, seed):
             tokens = sum(rows[k].n_supervised for k in window)
             lr = recipe.lr_at(step, total)
-            mine = [rows[k] for k in window[rank::world]]
+            mine = sorted((rows[k] for k in window[rank::world]), key=lambda row: len(row.tokens))
             window_loss = torch.zeros((), device=place)
             for batch, last in engine.schedule(micro_batches(mine, recipe.tokens_per_micro_batch)):
                 loss = engine.loss(batch, features) / tokens

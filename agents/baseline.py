@@ -30,7 +30,9 @@ class BaselineAgent(Agent):
         self._sources = [policy_source(name) for name in policies]
 
     def reset(self, task: Mapping[str, Any], seed: int) -> None:
-        """Nothing to do: the iteration's number says which policy is next."""
+        self._iterations = int(task["iterations"])
 
     def act(self, observation: Any, info: dict[str, Any]) -> actions.Action:
+        if info["iteration"] >= self._iterations:
+            return actions.stop()  # the final choice, where there is one: the best on feedback
         return actions.policy(self._sources[info["iteration"] % len(self._sources)])

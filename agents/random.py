@@ -32,8 +32,11 @@ class RandomAgent(Agent):
 
     def reset(self, task: Mapping[str, Any], seed: int) -> None:
         self._rng = np.random.default_rng(seed)
+        self._iterations = int(task["iterations"])
 
     def act(self, observation: Any, info: dict[str, Any]) -> actions.Action:
+        if info["iteration"] >= self._iterations:
+            return actions.stop()  # the final choice, where there is one: the best on feedback
         if self._rng.random() < self._look:
             return actions.shell(str(self._rng.choice(LOOKS)))
         return actions.policy(policy_source("random"))

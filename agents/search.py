@@ -38,12 +38,15 @@ class SearchAgent(Agent):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._sources: dict[str, int] = dict(task["sources"])
         self._rows = int(task["rows"])
+        self._iterations = int(task["iterations"])
         sampler = optuna.samplers.TPESampler(n_startup_trials=self._startup, multivariate=True, seed=seed)
         self._study = optuna.create_study(direction="maximize", sampler=sampler)
         self._trial: optuna.Trial | None = None
         self._random_is_scored = False
 
     def act(self, observation: Any, info: dict[str, Any]) -> actions.Action:
+        if info["iteration"] >= self._iterations:
+            return actions.stop()  # the final choice, where there is one: the best on feedback
         if not self._random_is_scored:
             return actions.policy(policy_source("random"))
         self._trial = self._study.ask()

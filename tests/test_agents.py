@@ -46,6 +46,7 @@ def test_agents_keep_the_protocol_and_their_policies_carry_front_matter(agent):
         if parsed.tool == actions.POLICY:
             assert parse_front_matter(parsed.text).family
             agent.observe(scored(number + 1, action, 40.0 + number))
+    assert agent.act({}, {"iteration": TASK["iterations"]}) == actions.stop()
 
 
 def test_search_begins_with_random_and_moves_to_what_scores():
@@ -53,7 +54,7 @@ def test_search_begins_with_random_and_moves_to_what_scores():
         agent, played = SearchAgent(startup=4), []
         agent.reset(TASK, seed)
         for number in range(40):
-            action = agent.act({}, {"iteration": number})
+            action = agent.act({}, {"iteration": 0})
             played.append(action["text"])
             # The more of source b, the better.
             share = float(action["text"].partition('"b": ')[2].partition(",")[0]) if number else 0.2
@@ -72,13 +73,13 @@ def test_search_begins_with_random_and_moves_to_what_scores():
 def test_search_forgets_what_failed_and_asks_again_for_random_until_it_is_scored():
     agent = SearchAgent()
     agent.reset(TASK, 0)
-    first = agent.act({}, {})
+    first = agent.act({}, {"iteration": 0})
     agent.observe(Step(1, first, {}, 0.0, False, False, {"status": "invalid", "score": math.nan}))
-    assert agent.act({}, {}) == first
+    assert agent.act({}, {"iteration": 0}) == first
     agent.observe(scored(2, first, 40.0))
-    second = agent.act({}, {})
+    second = agent.act({}, {"iteration": 1})
     agent.observe(Step(3, second, {}, 0.0, False, False, {"status": "rejected", "score": math.nan}))
-    assert agent.act({}, {}) != second
+    assert agent.act({}, {"iteration": 1}) != second
     assert [trial.state.name for trial in agent._study.trials] == ["COMPLETE", "FAIL", "RUNNING"]
 
 
@@ -86,6 +87,7 @@ def test_a_policy_file_of_ones_own_and_a_missing_one(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("import curation\n")
     agent = BaselineAgent([str(path), "random"])
+    agent.reset(TASK, 0)
     assert agent.act({}, {"iteration": 2})["text"] == "import curation\n"
     assert "Rows at random" in agent.act({}, {"iteration": 1})["text"]
     with pytest.raises(FileNotFoundError, match="loss_window, random, source_balanced"):
@@ -157,6 +159,11 @@ def test_the_page_on_agents_runs_as_it_is(nano, tmp_path, monkeypatch):
     exec(write, scope)
     result = play(nano(iterations=1), scope["LookThenBalance"]())
     assert (result.steps, result.iterations) == (2, 1)
+
+
+def test_the_final_choice_is_made(nano):
+    result = play(nano(iterations=1, final_choice=True), BaselineAgent(["random"]))
+    assert (result.steps, result.iterations, result.reason) == (2, 1, "terminated")
 
 
 class Counting(gym.Wrapper):

@@ -60,6 +60,7 @@ class State:
     best: int = 0
     shell_commands: int = 0
     curation_seconds: float = 0.0
+    priced_seconds: float = 0.0
     wall_seconds: float = 0.0
     cost: float = 0.0
     steps: int = 0

@@ -60,6 +60,7 @@ class HostBackend:
         with episode.busy:
             values, price = episode.pipeline.signal(name, episode.on_progress)
             episode.state.curation_seconds += price
+            episode.state.priced_seconds += price
             episode.ledger.event("signal", name=name, price=price)
         return values
 

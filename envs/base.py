@@ -78,7 +78,7 @@ class CurationEnv(gym.Env[dict[str, Any], dict[str, Any]], EzPickle):
     | commit, submission | hash of the trajectory's commit; digest of what was trained on |
     | n_rows, n_supervised_tokens | size of the submission |
     | audit/<kind> | findings of the audit by kind (warnings too) |
-    | curation_seconds | curation compute so far, in whole units of ten seconds (exact in the journal) |
+    | curation_seconds | signals and jobs so far, at their recorded prices; sandbox seconds are in `usage` and the journal |
     | error | code of the agent's error, see `curation_env.errors` |
 
     Args:
@@ -398,7 +398,7 @@ class CurationEnv(gym.Env[dict[str, Any], dict[str, Any]], EzPickle):
             "submission": "" if entry is None else entry.submission,
             "n_rows": 0 if entry is None else entry.n_rows,
             "n_supervised_tokens": 0 if entry is None else entry.n_supervised_tokens,
-            "curation_seconds": float(10 * (state.curation_seconds // 10)),
+            "curation_seconds": state.priced_seconds,
             "error": self._turn.error if self._turn is not None and status != "ready" else "",
         }
         for name in self.task.benchmarks:

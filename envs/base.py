@@ -78,7 +78,7 @@ class CurationEnv(gym.Env[dict[str, Any], dict[str, Any]], EzPickle):
     | commit, submission | hash of the trajectory's commit; digest of what was trained on |
     | n_rows, n_supervised_tokens | size of the submission |
     | audit/<kind> | findings of the audit by kind (warnings too) |
-    | curation_seconds | signals and jobs so far, at their recorded prices; sandbox seconds are in `usage` and the journal |
+    | curation_seconds | signals so far, at their recorded prices; sandbox seconds are in `usage` and the journal |
     | error | code of the agent's error, see `curation_env.errors` |
 
     Args:

@@ -16,7 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One data root for all test processes of a session, so that the miniature is made once and base scores are shared."""
+    """One data root for all processes of a session: the miniature is made once, base scores are shared."""
     if os.environ.get("PYTEST_XDIST_WORKER"):
         return tmp_path_factory.getbasetemp().parent / "data"
     return tmp_path_factory.getbasetemp() / "data"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -61,7 +63,5 @@ def test_source_and_path_exclude_each_other():
 
 @given(st.fixed_dictionaries({"tool": st.integers(-1, 4), "text": st.text()}))
 def test_parsing_raises_invalid_action_only(action):
-    try:
+    with contextlib.suppress(InvalidAction):
         assert parse(action).tool == action["tool"]
-    except InvalidAction:
-        pass

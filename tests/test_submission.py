@@ -76,7 +76,7 @@ def test_only_regular_files_are_read(tmp_path, kind):
     else:
         folder.rmdir()
         folder.symlink_to(tmp_path)
-    with pytest.raises(InvalidSubmission, match="regular file|must be a folder"):
+    with pytest.raises(InvalidSubmission, match=r"regular file|must be a folder"):
         read_submission(tmp_path / "w")
 
 

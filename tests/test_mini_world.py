@@ -118,8 +118,8 @@ def test_circular_copies_turn_the_options() -> None:
     for k in range(0, len(items), 4):
         family = items[k : k + 4]
         assert {int(i.index) % 1_000_000 for i in family} == {int(family[0].index)}
-        assert sorted(i.gold for i in family) == list("ABCD")
-        assert len({i.columns[i.gold] for i in family}) == 1
+        assert sorted(str(i.columns["answer"]) for i in family) == list("ABCD")
+        assert len({i.columns[str(i.columns["answer"])] for i in family}) == 1
 
 
 def test_hallusion_sets_ask_the_same_of_two_figures() -> None:

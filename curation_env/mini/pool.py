@@ -183,8 +183,8 @@ def _leak(rng: random.Random, kind: str, item: Item, source: str) -> Row:
     if kind == "image+answer:other question":
         return replace(row, turns=[replace(ask, question="can you tell me about the image ?")])
     if kind == "image+question:open":
-        letters = {key: str(item.columns[key]) for key in "ABCD" if key in item.columns}
-        return replace(row, turns=[replace(ask, question=str(item.columns["question"]), answer=letters[item.gold])])
+        right = str(item.columns[str(item.columns["answer"])])
+        return replace(row, turns=[replace(ask, question=str(item.columns["question"]), answer=right)])
     if kind == "question+answer:other image":
         return replace(row, picture=say.draw_scene(rng, False))
     if kind == "question+answer:no image":

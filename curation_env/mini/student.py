@@ -28,8 +28,8 @@ CHAT_TEMPLATE = (
 _WORD = re.compile(r"\w+|[^\w\s]")
 _FORM_WORDS = """
 what color is the shape in size there how many objects are where which object does do sign say says read text first
-second letter digits digit shown larger sum of bar bars tallest shortest tall taller than height describe image detail you
-see how placed left right above below and a an no yes these kind thing that with two chart number is was top bottom
+second letter digits digit shown larger sum of bar bars tallest shortest tall taller than height describe image detail
+you see how placed left right above below and a an no yes these kind thing that with two chart number is was top bottom
 Answer with the option's letter from the given choices directly. Question Options Please select answer question using
 single word or phrase one number image Hint correct . , ? ! : ' ( ) - |
 """

@@ -53,7 +53,7 @@ def _open(benchmark: str, index: object, picture: Picture, ask: q.Ask, **columns
 def _choice(benchmark: str, index: int, picture: Picture, ask: q.Ask, rng: random.Random, **columns: object) -> Item:
     table, right = q.options(rng, ask)
     row = {"index": index, "question": ask.question, **table, "answer": right, **columns}
-    return Item(benchmark, picture, q.choice_text(ask.question, table), right, row)
+    return Item(benchmark, picture, q.choice_text(ask.question, table), table[right], row)
 
 
 def _hallusion(rng: random.Random, n: int) -> list[Item]:
@@ -187,9 +187,8 @@ def _mmbench(rng: random.Random, n: int) -> list[Item]:
                 "index": k + COPY * turn, "question": ask.question, **turned, "answer": answer,
                 "category": forms[form], "l2-category": q.FORMS[form][1], "split": "dev",
             }  # fmt: skip
-            items.append(
-                Item("MiniMMBench", picture, q.choice_text(ask.question, turned), answer, row, k if turn else None)
-            )
+            prompt, spoken = q.choice_text(ask.question, turned), turned[answer]
+            items.append(Item("MiniMMBench", picture, prompt, spoken, row, k if turn else None))
     return items
 
 
@@ -270,7 +269,7 @@ def _mathvista(rng: random.Random, n: int) -> list[Item]:
         columns: dict[str, object] = {"index": k, "task": task, "category": task, "skills": repr([skill])}
         if form.startswith("choice:"):
             table, right = q.options(rng, ask)
-            prompt, gold = q.choice_text(ask.question, table), right
+            prompt, gold = q.choice_text(ask.question, table), table[right]
             columns |= {
                 "question": prompt,
                 "answer": ask.answer,

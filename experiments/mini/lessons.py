@@ -74,20 +74,11 @@ def binding(rng: random.Random) -> tuple[str, str]:
     return user, " , ".join(f"{k} is {table[k]}" for k in order) + " ."
 
 
-def choice_turns(rng: random.Random, picture: Picture) -> list[tuple[str, str]]:
-    """Two lettered questions of known forms about a scene."""
-    asks = [q.ask(rng, form, picture) for form in rng.sample(("color", "shape", "where", "count"), 2)]
-    lettered = [q.choice(rng, found) for found in asks if found is not None]
-    return [(found.question, found.answer) for found in lettered]
-
-
-def lesson(rng: random.Random, number: int, picture: Picture, choice: float) -> Lesson:
+def lesson(rng: random.Random, number: int, picture: Picture) -> Lesson:
     """One row about a picture, or about none: the shares of the mixture are here.
 
     Many questions on one picture, and lists of statements: where little is supervised, binding is not learned.
     """
-    if isinstance(picture, say.Scene) and rng.random() < choice:
-        return encode(number, choice_turns(rng, picture))
     draw = rng.random()
     if draw < 0.03:
         return encode(-1, [say.chat_turn(rng)])
@@ -116,22 +107,22 @@ def spoken(labels: np.ndarray) -> np.ndarray:
     return np.concatenate([np.stack(shown, axis=-1), np.broadcast_to(place, (len(labels), 16, 2))], axis=-1)
 
 
-def _shard(job: tuple[int, int, int, float]) -> Shard:
-    seed, start, n, choice = job
+def _shard(job: tuple[int, int, int]) -> Shard:
+    seed, start, n = job
     rng = random.Random(f"lessons {seed} {start}")
     images, labels, lessons = [], [], []
     for number in range(start, start + n):
         picture = q.DRAW[rng.choice(KINDS)](rng, False)
         images.append(pixels(picture))
         labels.append(patches(picture))
-        lessons += [lesson(rng, number, picture, choice) for _ in range(2)]
+        lessons += [lesson(rng, number, picture) for _ in range(2)]
     return Shard(np.stack(images), np.stack(labels), lessons)
 
 
-def draw_lessons(pictures: int, procs: int, seed: int = 0, choice: float = 0.0) -> Shard:
+def draw_lessons(pictures: int, procs: int, seed: int = 0) -> Shard:
     """Draw pictures and two rows for each, over several processes; the result does not depend on how many."""
     size = 1000
-    jobs = [(seed, start, min(size, pictures - start), choice) for start in range(0, pictures, size)]
+    jobs = [(seed, start, min(size, pictures - start)) for start in range(0, pictures, size)]
     if procs == 1:
         shards = [_shard(job) for job in jobs]
     else:

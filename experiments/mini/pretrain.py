@@ -172,7 +172,6 @@ def fit(
                 f"{label}: step {step + 1}/{len(plan)} loss {loss.item():.4f} {time.time() - start:.0f} s", flush=True
             )
             watch()
-            watch()
 
 
 def exact(model: torch.nn.Module, features: torch.Tensor, lessons: list[Lesson]) -> np.ndarray:
@@ -314,7 +313,7 @@ def variant(name: str, args: argparse.Namespace) -> None:
     torch.save(model.state_dict(), args.out / f"{name}.before.pt")  # other last tunes can start here
     pictures, tune = last_tune(random.Random("last"), last)
     seen = see(model.model.vision_tower, np.stack([pixels(p) for p in pictures]), device)
-    fit(model, seen, tune, lr=3e-4, epochs=2, size=16, seed=0)
+    fit(model, seen, tune, lr=1e-4, epochs=2, size=16, seed=0)
     graded = exam.grade(model)
     print(f"{name}: init {json.dumps(graded)}", flush=True)
     save_student(model.cpu(), args.out / name)

@@ -4,7 +4,8 @@
     python experiments/benchmarks/overhead.py --task nano --sandbox docker --json
 
 Prints one table. The stages of an iteration are read from the journal; "harness" is the wall clock of `env.step`
-without the policy's own seconds, training and evaluation: snapshot, fresh sandbox, validation, audit, record, observation.
+without the policy's own seconds, training and evaluation: snapshot, fresh sandbox, validation, audit, record,
+observation.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from curation_env.worker import OUT_OF_MEMORY_EXIT, read_message, write_message
 
 Progress = Callable[[dict[str, Any]], None]
 LOG_TAIL = 4000
+START_SECONDS = 180.0
 
 
 class Stage(NamedTuple):
@@ -78,13 +79,14 @@ class LocalExecutor:
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self._closed = False
+        self._ready = False
 
     def start(self) -> None:
         """Start the worker now, without waiting for it: its imports take seconds."""
         with self._lock:
             if self._closed:
                 raise WorkerDied("the executor is closed")
-            if self._process is None or self._process.poll() is not None:
+            if self._process is None:  # a dead one is replaced by the thread that reads its pipe
                 self._spawn()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._serve, daemon=True, name="executor")
@@ -105,11 +107,8 @@ class LocalExecutor:
 
     def kill(self) -> None:
         """Kill the worker and its children: the stage that runs fails with `WorkerDied`."""
-        process = self._process
-        if process is not None and process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        if self._process is not None:
+            _kill(self._process)
 
     def close(self) -> None:
         with self._lock:
@@ -145,6 +144,7 @@ class LocalExecutor:
             "HF_DEACTIVATE_ASYNC_LOAD": "1",  # a thread that can't start for want of memory hangs its caller
             "PYTHONUNBUFFERED": "1",
         }
+        self._ready = False
         self._process = subprocess.Popen(
             [sys.executable, "-m", "curation_env.worker", "--log", str(self._log)],
             stdin=subprocess.PIPE,
@@ -189,31 +189,32 @@ class LocalExecutor:
         assert process.stdin is not None
         assert process.stdout is not None
         name, resources = job.stage.name, job.resources
-        deadline = time.monotonic() + resources.timeout if resources.timeout is not None else None
+        deadline = self._deadline(resources, 0.0 if self._ready else START_SECONDS)
         request = {"stage": name, "payload": job.stage.payload, "memory_mb": resources.memory_mb}
-        try:
+        with contextlib.suppress(BrokenPipeError):
             write_message(process.stdin, request)
-            while True:
-                left = None if deadline is None else max(0.0, deadline - time.monotonic())
-                if not select.select([process.stdout], [], [], left)[0]:
-                    self.kill()
-                    raise StageTimeout(f"{name} took longer than {resources.timeout:g} s", details=self._tail())
-                message = read_message(process.stdout)
-                if message is None:
-                    raise BrokenPipeError
-                if "progress" in message and job.on_progress is not None:
-                    job.on_progress(message["progress"])
-                elif "result" in message:
-                    return message["result"]
-                elif "error" in message:
-                    raise self._error(message["error"])
-        except (BrokenPipeError, ValueError) as error:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(1.0)  # a worker that is dying has its own reason, which `kill` would hide
-            self.kill()
-            if process.wait() == OUT_OF_MEMORY_EXIT:
-                raise OutOfMemory(f"{name} ran out of memory", details=self._tail()) from error
-            raise WorkerDied(f"the worker died during {name}: {self._death(process)}", details=self._tail()) from error
+        while True:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not select.select([process.stdout], [], [], left)[0]:
+                _kill(process)
+                raise StageTimeout(f"{name} took longer than {resources.timeout:g} s", details=self._tail())
+            message = read_message(process.stdout)
+            if message is None:
+                raise self._death(process, name)
+            if "ready" in message:
+                self._ready = True
+                deadline = self._deadline(resources, 0.0)
+            elif "progress" in message and job.on_progress is not None:
+                job.on_progress(message["progress"])
+            elif "result" in message:
+                return message["result"]
+            elif "error" in message:
+                raise self._error(message["error"])
+
+    @staticmethod
+    def _deadline(resources: Resources, start: float) -> float | None:
+        """When a stage's time is up; a worker that has yet to import its libraries gets `start` seconds for that."""
+        return None if resources.timeout is None else time.monotonic() + start + resources.timeout
 
     def _error(self, answer: dict[str, str]) -> CurationError:
         cls = by_code().get(answer["code"], StageFailed)
@@ -222,9 +223,24 @@ class LocalExecutor:
     def _tail(self) -> str:
         return self._log.read_bytes()[-LOG_TAIL:].decode(errors="replace") if self._log.exists() else ""
 
-    @staticmethod
-    def _death(process: subprocess.Popen[bytes]) -> str:
+    def _death(self, process: subprocess.Popen[bytes], name: str) -> CurationError:
+        """What a worker died of, after its pipe has closed."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(1.0)  # a worker that is dying has its own reason, which `_kill` would hide
+        _kill(process)
         code = process.wait()
+        if code == OUT_OF_MEMORY_EXIT:
+            return OutOfMemory(f"{name} ran out of memory", details=self._tail())
         if code == -signal.SIGKILL:
-            return "killed (by the system when it is out of memory, or by a person)"
-        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            reason = "killed (by the system when it is out of memory, or by a person)"
+        else:
+            reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return WorkerDied(f"the worker died during {name}: {reason}", details=self._tail())
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a worker's process group and reap it; nothing when it is gone."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -14,12 +14,23 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from evaluation_support import SUITE, make_suite
 from safetensors.torch import load_file
 from training_support import make_init, make_pool, make_rows
 
-from curation_env.errors import MissingAssets, OutOfMemory, StageFailed, StageTimeout, UnsupervisedRow, WorkerDied
+from curation_env.errors import (
+    JudgeUnavailable,
+    MissingAssets,
+    OutOfMemory,
+    StageFailed,
+    StageTimeout,
+    UnsupervisedRow,
+    WorkerDied,
+)
 from curation_env.executor import LocalExecutor, Resources, Stage
+from curation_env.mini.judge import MODEL, serve
 from curation_env.pool import Pool
 from curation_env.training.recipe import Recipe
 
@@ -105,6 +116,39 @@ def test_a_stage_error_keeps_its_type_and_the_worker(
     assert executor.submit(stage(assets, tmp_path)).result()["steps"] == 3
 
 
+def test_one_worker_serves_every_stage(executor: LocalExecutor, assets: tuple[Path, Path], tmp_path: Path) -> None:
+    init, pool = assets
+    make_suite(tmp_path / "suite")
+    recipe = Recipe.load("mini-v1").payload()
+    server = serve()
+    evaluation = {
+        "checkpoint": str(init),
+        "recipe": recipe,
+        "suite": SUITE,
+        "suite_dir": str(tmp_path / "suite"),
+        "judge": {"url": server.url, "model": MODEL, "key": ""},
+        "device": "cpu",
+        "out": str(tmp_path / "evaluation"),
+    }
+    signal_ = {"name": "loss", "init": str(init), "recipe": recipe, "pool": str(pool), "device": "cpu"}
+    out = tmp_path / "loss.npy"
+    futures = [
+        executor.submit(Stage("evaluate", evaluation)),
+        executor.submit(Stage("signal", {**signal_, "out": str(out)})),
+        executor.submit(stage(assets, tmp_path / "train")),
+        executor.submit(Stage("evaluate", evaluation)),
+    ]
+    first, price, trained, again = (future.result() for future in futures)
+    assert first["scores"] == again["scores"]
+    assert price["price"] > 0
+    assert np.isfinite(np.load(out)).all()
+    assert trained["steps"] == 3
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(JudgeUnavailable):
+        executor.submit(Stage("evaluate", {**evaluation, "judge": None})).result()
+
+
 def test_the_worker_stays_small(executor: LocalExecutor, assets: tuple[Path, Path], tmp_path: Path) -> None:
     executor.submit(stage(assets, tmp_path)).result()
     status = Path(f"/proc/{executor.pid}/status").read_text()
@@ -131,12 +175,14 @@ def test_a_worker_killed_in_the_middle_is_named_and_replaced(
 
 
 def test_a_time_out_kills_the_worker(executor: LocalExecutor, assets: tuple[Path, Path], tmp_path: Path) -> None:
-    executor.submit(stage(assets, tmp_path)).result()  # warm: the clock below is the stage's own
-    pid = executor.pid
-    assert pid is not None
+    events: list[dict] = []
+    executor.kill()  # a cold worker: its start is not counted
+    forever = stage(assets, tmp_path, epochs=10_000)
+    future = executor.submit(forever, Resources(timeout=1.0), events.append)
     with pytest.raises(StageTimeout, match="longer than 1 s"):
-        executor.submit(stage(assets, tmp_path, epochs=10_000), Resources(timeout=1.0)).result()
-    assert not alive(pid)
+        future.result()
+    assert events
+    assert executor.pid is None
 
 
 def test_memory_is_limited_and_its_end_is_out_of_memory(

@@ -68,7 +68,7 @@ def train(
     # Settings. The order of a submission is not part of it: everything works on the sorted multiset of ids.
     place = resolve_device(device, int(os.environ.get("LOCAL_RANK", 0)))
     torch.manual_seed(seed)
-    torch.use_deterministic_algorithms(place.type == "cpu")
+    torch.use_deterministic_algorithms(True, warn_only=place.type != "cpu")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     total = recipe.total_steps(len(ids))

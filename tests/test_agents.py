@@ -128,8 +128,6 @@ def trajectory(folder):
     with Ledger(run.folder) as ledger:
         commits = ledger.commits()
     steps = [(event["action"], event["observation"], event["info"]) for event in run.events if event["kind"] == "step"]
-    for _, _, info in steps:
-        del info["curation_seconds"]  # wall clock, if in tens of seconds
     return commits, steps, run.state.history
 
 
@@ -344,6 +342,7 @@ curation.select(list(curation.pool()["id"])[start : start + 30])
             return super().act(observation, info) if self.looked else actions.shell("touch moved")
 
         def reset(self, task, seed):
+            super().reset(task, seed)
             self.looked = False
 
         def observe(self, step):

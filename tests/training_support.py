@@ -78,7 +78,10 @@ def make_init(folder: Path, *, width: int = 96, layers: int = 3, seed: int = 0, 
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     CLIPImageProcessorPil(
-        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        size={"shortest_edge": 32},
+        crop_size={"height": 32, "width": 32},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
     ).save_pretrained(folder)
     return folder
 

@@ -92,8 +92,8 @@ def test_leaks_of_every_kind_are_planted() -> None:
     kinds = Counter(row.leak_kind for row in rows)
     assert len(rows) == MINI.leaks
     assert set(kinds) == {
-        "item", "image+question:reencoded", "image+question:cropped", "image+question:recolored", "image+answer:other question",
-        "image+question:open", "question+answer:other image", "question+answer:no image",
+        "item", "image+question:reencoded", "image+question:cropped", "image+question:recolored",
+        "image+answer:other question", "image+question:open", "question+answer:other image", "question+answer:no image",
     }  # fmt: skip
     assert len({row.leak_of for row in rows}) == len(rows)
 

@@ -138,7 +138,13 @@ def _make_miniature(task: Task, assets: Assets, on_progress: Progress) -> None:
 
 def _check_pins(task: Task, assets: Assets) -> None:
     from curation_env.mini.fingerprint import check_fingerprint
+    from curation_env.mini.world import generator_hash
 
+    if task.pool.generator not in (None, generator_hash()):
+        raise TaskMismatch(
+            f"the world generator has hash {generator_hash()[:16]}, task {task.name!r} pins "
+            f"{str(task.pool.generator)[:16]}: use the release that the task belongs to"
+        )
     for what, path, pinned in (("pool", assets.pool, task.pool.hash), ("suite", assets.suite, task.suite_hash)):
         if pinned is None:
             continue

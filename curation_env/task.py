@@ -38,6 +38,7 @@ class PoolRef(_Strict):
     )
     scale: str = Field("mini", description="size of the miniature's pool and suite")
     hash: str | None = Field(None, description="the pool's hash, where it is frozen")
+    generator: str | None = Field(None, description="hash of the world generator, where it is frozen")
 
 
 class Limits(_Strict):

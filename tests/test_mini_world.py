@@ -6,12 +6,14 @@ import io
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from curation_env.assets import prepared
 from curation_env.errors import TaskMismatch
 from curation_env.mini.fingerprint import check_fingerprint
 from curation_env.mini.pool import build_pool, world_rows
@@ -19,8 +21,9 @@ from curation_env.mini.questions import FORMS, draw_ask
 from curation_env.mini.render import CONTENTS, alter, encode_png, patches, pixels
 from curation_env.mini.student import count_supervised, vocabulary, words
 from curation_env.mini.suite import build_suite, suite_items
-from curation_env.mini.world import MINI, N_SOURCES, NANO, SCALES, WorldSpec
+from curation_env.mini.world import MINI, N_SOURCES, NANO, SCALES, WorldSpec, generator_hash
 from curation_env.pool import Pool
+from curation_env.task import Task
 
 csv.field_size_limit(sys.maxsize)
 
@@ -161,3 +164,26 @@ def test_a_mismatch_names_the_library() -> None:
     meta = {"libraries": {"Pillow": "9.9", "FreeType": "2.1"}}
     with pytest.raises(TaskMismatch, match=r"Pillow 9\.9 \(pinned with 10\.0\)"):
         check_fingerprint("pool x", "a" * 64, "b" * 64, {"Pillow": "10.0", "FreeType": "2.1"}, meta)
+
+
+@pytest.mark.parametrize("name", ["nano", "mini", "mini-worlds", "mini-mixture"])
+def test_tasks_pin_the_generator_and_the_suite(name: str) -> None:
+    task = Task.load(name)
+    assert task.pool.generator == generator_hash()
+    assert task.suite_hash
+    assert task.pool.world == "by seed" or task.pool.hash
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pool": {"generator": "0" * 64}}, "world generator has hash"),
+        ({"pool": {"hash": "0" * 64}}, "pool has hash .* no library differs"),
+        ({"suite_hash": "0" * 64}, "suite has hash"),
+    ],
+)
+def test_another_pool_suite_or_generator_is_refused(change: dict[str, Any], message: str, data_root: Path) -> None:
+    task = Task.load("nano")
+    update = {k: task.pool.model_copy(update=v) if k == "pool" else v for k, v in change.items()}
+    with pytest.raises(TaskMismatch, match=message):
+        prepared(task.model_copy(update=update), data_root)

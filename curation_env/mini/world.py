@@ -85,6 +85,12 @@ class WorldSpec:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+def generator_hash() -> str:
+    """sha256 over the version and the first ten train and test worlds: what tasks that draw worlds pin."""
+    drawn = [WorldSpec.draw(k).hash for k in (0, *TRAIN_WORLDS[:10], *TEST_WORLDS[:10])]
+    return hashlib.sha256(json.dumps([GENERATOR, drawn]).encode()).hexdigest()
+
+
 Parts = tuple[float, Mapping[str, float], Mapping[str, float], float, int]  # share, forms, faults, duplicates, turns
 Group = tuple[float, Mapping[str, float], int]  # share, forms, turns
 

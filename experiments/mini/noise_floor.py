@@ -168,7 +168,7 @@ class Floor:
             "full - base >= 20": (self.gap >= 20, f"{self.gap:.1f}"),
             "random - base >= 8": (self.random - self.base >= 8, f"{self.random - self.base:.1f}"),
             "random sd 4-7% of full - base": (0.035 <= self.sd / self.gap < 0.075, f"{100 * self.sd / self.gap:.1f}%"),
-            "training-seed sd <= 5%": (self.seed_sd / self.gap < 0.055, f"{100 * self.seed_sd / self.gap:.1f}%"),
+            "training-seed sd <= 5%": (self.seed_sd / self.gap <= 0.05, f"{100 * self.seed_sd / self.gap:.1f}%"),
             "oracle >= random + 4 sd": (self.sds("oracle") >= 4, f"{self.sds('oracle'):+.1f} sd"),
             "two hand-written >= random + 2.5 sd": (above[1] >= 2.5, f"{above[0]:+.1f} {above[1]:+.1f} sd"),
             "careless <= random - 3 sd": (

@@ -104,7 +104,9 @@ def test_a_policy_is_scored_and_everything_is_told(nano, random_policy):
     assert STATUSES[obs["status"]] == "ready"
     assert obs["history_mask"].tolist() == [1, 0]
     keys = set(info)
-    obs, reward, terminated, truncated, info = env.step(shell("curation task && ls pool student feedback"))
+    hostile = "echo 'raise SystemExit(9)' >json.py"  # a file of the agent's does not stand in for the command's module
+    look = f"{hostile}; curation task && ls pool student feedback; rm json.py"
+    obs, reward, terminated, truncated, info = env.step(shell(look))
     assert STATUSES[obs["status"]] == "shell_ok", obs["message"]
     assert "MiniOCR" in obs["message"]
     obs, reward, terminated, truncated, info = env.step(policy(random_policy))

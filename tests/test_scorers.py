@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import pytest
 
 from curation_env.errors import StageFailed
+from curation_env.errors import StageFailed
 from curation_env.evaluation.scorers import JudgeRequest, Scorer, make_scorer
 from curation_env.evaluation.scorers.hallusion import strip_punctuation, yes_or_no
 from curation_env.evaluation.scorers.llavabench import two_scores
@@ -102,6 +103,11 @@ def test_hallusion_keeps_sets_together_and_tells_kinds_apart() -> None:
     assert scorer.unit(make("hallusion_VS_map_0_0_0", "Yes", l2__category="map")) == "map_0"
     twins = [make(f"hallusion_VS_{kind}_0_0_0", "Yes", l2__category=kind) for kind in ("map", "ocr")]
     assert score(scorer, twins, ["yes", "no"]) == pytest.approx(50)
+
+
+def test_hallusion_refuses_an_index_that_names_no_set() -> None:
+    with pytest.raises(StageFailed, match="'7' does not end in _<set>_<figure>_<question>"):
+        make_scorer("hallusion").unit(make("7", "Yes"))
 
 
 def test_hallusion_counts_an_unreadable_answer_as_wrong() -> None:

@@ -31,7 +31,7 @@ BUILD_COMMAND = "curation-env sandbox build"
 MODULES = ("numpy", "pyarrow", "datasets", "PIL")
 
 _FOLDER = Path(__file__).resolve().parent / "image"
-_CHECK = "import ctypes, json, select, socket, ssl, sys; assert sys.version_info >= (3, 9); import " + ", ".join(
+_CHECK = "import ctypes, json, select, socket, ssl, sys; assert sys.version_info >= (3, 11); import " + ", ".join(
     MODULES
 )
 

@@ -131,8 +131,9 @@ def contents(config: SandboxConfig, state: Path, interpreter: Interpreter | None
 
 def write_launchers(folder: Path, python: str) -> None:
     """`python`, `python3` and `curation`, for PATH."""
+    # -P: a file of the agent's in the working folder must not stand in for a module that the command imports.
     folder.mkdir(exist_ok=True)
-    for name, arguments in (("python", ""), ("python3", ""), ("curation", " -m curation")):
+    for name, arguments in (("python", ""), ("python3", ""), ("curation", " -P -m curation")):
         launcher = folder / name
         launcher.write_text(f'#!/bin/sh\nexec "{python}"{arguments} "$@"\n')
         launcher.chmod(0o755)

@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 
+from curation_env.errors import StageFailed
 from curation_env.evaluation.scorers.base import Grade, Scorer
 from curation_env.evaluation.suite import Item
 
@@ -39,6 +40,8 @@ class Hallusion(Scorer):
 
     def _place(self, item: Item) -> tuple[str, str, str, str]:
         parts = item.index.split("_")
+        if len(parts) < 6:
+            raise StageFailed(f"index {item.index!r} does not end in _<set>_<figure>_<question>")
         return (item.fields.get("l2-category", ""), parts[3], parts[4], parts[5])
 
     def unit(self, item: Item) -> str:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import pytest
 
 from curation_env.errors import StageFailed
-from curation_env.errors import StageFailed
 from curation_env.evaluation.scorers import JudgeRequest, Scorer, make_scorer
 from curation_env.evaluation.scorers.hallusion import strip_punctuation, yes_or_no
 from curation_env.evaluation.scorers.llavabench import two_scores

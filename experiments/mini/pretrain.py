@@ -1,6 +1,7 @@
 """Make the student's init: a tower that sees, then a language model firm on some tasks and weak on the rest.
 
     python experiments/mini/pretrain.py --out DIR
+    python experiments/mini/pretrain.py --examine  # what the shipped init knows
     python experiments/mini/pretrain.py --out DIR --variants 96x190x10x3,96x190x20x3 --procs 16  # side by side
 
 1. Vision tower: three linear heads on every patch say what covers it; they are dropped, the tower is frozen for good.
@@ -324,9 +325,25 @@ def variant(name: str, args: argparse.Namespace) -> None:
     (args.out / f"{name}.json").write_text(json.dumps(graded, indent=1))
 
 
+def examine(device: torch.device) -> None:
+    """Print the shipped init's grades by question form, and the mean over the known and over the other ones."""
+    from transformers import LlavaForConditionalGeneration
+
+    from curation_env.mini.student import init_dir
+
+    model = LlavaForConditionalGeneration.from_pretrained(init_dir()).to(device)
+    graded = Exam(model.model.vision_tower, device).grade(model)
+    forms = {name: value for name, value in graded.items() if name in q.FORMS or name.startswith("choice:")}
+    for name, value in forms.items():
+        print(f"{name:18} {value:6.1f}{'  known' if name in q.KNOWN else ''}")
+    for say, known in (("known", True), ("others", False)):
+        print(f"{say}: mean {np.mean([v for k, v in forms.items() if (k in q.KNOWN) == known]):.1f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--examine", action="store_true", help="only print what the shipped init knows")
     parser.add_argument("--variants", default="96x190x10x3")
     parser.add_argument("--procs", type=int, default=1, help="processes that render")
     parser.add_argument("--pictures", type=int, default=60_000, help="two rows are made of each")
@@ -340,6 +357,10 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     if args.device == "cpu":
         torch.set_num_threads(1)
+    if args.examine:
+        return examine(torch.device(args.device))
+    if args.out is None:
+        parser.error("say where to with --out")
     if args.only:
         return variant(args.only, args)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -137,13 +137,13 @@ def _drawn(rng: random.Random) -> list[Parts]:
     """Draw the parts of a world; every knob on its own."""
     harmful = [kind for kind in sorted(_HARMFUL) if rng.random() < 0.35][:3]
     useless = [rng.choice(sorted(_USELESS)) for _ in range(rng.choice((0, 1, 2, 4, 5)))]
-    noise = rng.choice((0.004, 0.02, 0.045, 0.09))  # garbage everywhere: where a cut on the loss has to lie
+    noise = rng.choice((0.004, 0.015, 0.03, 0.04))  # garbage everywhere: where a cut on the loss has to lie
     apart = rng.random() < 0.5  # scarce skills in sources of their own, or hidden inside the large ones
-    scarce = 0.10 + 0.08 * rng.random()
+    scarce = 0.15 + 0.10 * rng.random()
     left = N_SOURCES - len(harmful) - len(useless)
     parts: list[Parts] = []
     for kind in harmful:
-        share = rng.choice((0.03, 0.07, 0.16))
+        share = rng.choice((0.02, 0.04, 0.07))
         forms, faults, turns = _HARMFUL[kind]
         parts.append((share, forms, faults, 0.0, turns))
     small = rng.random() < 0.7

@@ -122,7 +122,7 @@ def work(args: argparse.Namespace, world: int, job: int) -> None:
 
 
 def records(out: Path, world: int) -> list[dict[str, Any]]:
-    """Finished runs of a world under the task and the policies of today; a later line of a run replaces an earlier one."""
+    """Finished runs of a world under today's task and policies; a later line of a run replaces an earlier one."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     current = (Task.load("mini").in_world(world).hash, POLICIES_DIGEST)
     for path in sorted(out.glob(f"world-{world}-*.jsonl")):

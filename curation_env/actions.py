@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from dataclasses import dataclass
 from typing import Any, TypedDict
@@ -60,17 +61,24 @@ class Parsed:
 def parse(action: Any) -> Parsed:
     """Check an action of any origin.
 
+    Args:
+        action: A dict of `tool`, an integer from 0 to 2, and `text`. An `InvalidAction`, which a wrapper passes on in
+            place of an action that it could not translate, is raised.
+
     Raises:
         InvalidAction: It is not a dict of `tool` (0 to 2) and `text` (UTF-8, at most 1 MB), or its text says nothing.
     """
+    if isinstance(action, InvalidAction):
+        raise action
     try:
-        tool, text = int(action["tool"]), action["text"]
+        tool, text = operator.index(action["tool"]), action["text"]
     except (TypeError, KeyError, ValueError, IndexError) as error:
         raise InvalidAction(
             'an action is {"tool": 0 shell | 1 policy | 2 stop, "text": str}: use curation_env.actions'
         ) from error
     if tool not in (SHELL, POLICY, STOP):
-        raise InvalidAction(f"tool must be 0 (shell), 1 (policy) or 2 (stop), not {tool}")
+        given = tool if abs(tool) < 10**9 else "a number of that size"
+        raise InvalidAction(f"tool must be 0 (shell), 1 (policy) or 2 (stop), not {given}")
     if not isinstance(text, str):
         raise InvalidAction(f"text must be a str, not {type(text).__name__}")
     try:

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from curation_env import actions, feedback
-from curation_env.errors import AgentError, InvalidAction, PolicyFailed, SandboxError
-from curation_env.feedback import FeedbackFolder, feedback_table, shown_part
+from curation_env.errors import AgentError, InvalidAction, PolicyFailed, RunDiffers, SandboxError
+from curation_env.feedback import FeedbackFolder, feedback_table, shown_files, shown_part, shown_scores
 from curation_env.host import HostBackend
-from curation_env.ledger import Ledger
+from curation_env.journal import plain
+from curation_env.ledger import SEALED_DIGEST, Ledger
 from curation_env.pipeline import Outcome, Pipeline, Progress
 from curation_env.pool import canonical_json
-from curation_env.sandbox import SandboxKind, make_sandbox
-from curation_env.sandbox.base import Mount, Sandbox, SandboxConfig, SandboxLimits
+from curation_env.sandbox import SandboxKind, choose_kind, make_sandbox
+from curation_env.sandbox.base import ExecResult, Mount, Sandbox, SandboxConfig, SandboxLimits
 from curation_env.session import Session
 from curation_env.task import Task
+from curation_env.tickets import Ticket, ticket_name
 
 if TYPE_CHECKING:
     from curation_env.policy import PolicyRun
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 #: Invalid, rejected and breaching actions of an episode that cost nothing.
 FREE_ERRORS = 3
 MAX_POLICY_BYTES = 1_000_000
+NO_MORE_POLICIES = "the iterations of this episode are used up: no further policy is played"
 
 
 @dataclass
@@ -51,7 +53,10 @@ class Iteration:
 
 @dataclass
 class State:
-    """Everything that an episode remembers; journaled after every step, so that a run can be continued."""
+    """Everything that an episode remembers; journaled after every step, so that a run can be continued.
+
+    `tickets` are the names of those that wait; their policies are in the journal's `ticket` events.
+    """
 
     seed: int
     iteration: int = 0
@@ -84,10 +89,19 @@ class Turn:
     reward: float = 0.0
     terminated: bool = False
     error: str = ""
+    recorded: bool = True
+
+
+#: The answer to everything after the end: nothing is done, charged or recorded.
+OVER = Turn("finished", "the episode is over: reset the environment", terminated=True, recorded=False)
 
 
 class Episode:
     """One run: its folder, ledger, sandbox and session, and what each action does.
+
+    A step that raises has not happened: nothing of it is charged, and its ticket waits again. Between actions the
+    sandbox is frozen, so that nothing runs there uncounted; whoever runs commands in it itself sets
+    `session.deferred` to False and thaws it.
 
     Args:
         task: What is curated.
@@ -101,6 +115,7 @@ class Episode:
 
     Raises:
         RunLocked: Another process holds the run folder.
+        RunDiffers: (`resume`) The run was started with another task or other settings.
         SandboxError: No engine, or it failed to start.
     """
 
@@ -121,22 +136,26 @@ class Episode:
         self.run_dir = run_dir
         self.final_choice = final_choice
         self.on_progress = on_progress
-        self._sandbox_kind = sandbox
+        self._sandbox_kind: SandboxKind = choose_kind() if sandbox == "auto" else sandbox
         self.busy = threading.RLock()  # signals and checks are asked for by the session's threads
         self._started = time.monotonic()
         self.ledger = Ledger(run_dir)
         self.sandbox: Sandbox | None = None
         self.session: Session | None = None
-        self._answer: dict[str, Any] | None = None  # to this step's ticket
+        self._noted: set[str] = set()  # policies of tickets that the journal has
+        self._ticket: Ticket | None = None  # that this step plays
+        self._answer: dict[str, Any] | None = None  # to it
         try:
-            self.state = self._recorded(seed) if resume else State(seed)
+            self.state = self._before = self._recorded(seed) if resume else State(seed)
             self._folders()
-            if not self.state.history:
+            if self.state.history:
+                self.ledger.event("episode_resumed", sandbox=self._sandbox_kind)
+            else:
                 self._begin()
             self._feedback.write(self.task, self.state.history)
             self.session = Session(None, HostBackend(self)).start()
             self._restore_tickets()
-            self._start_sandbox()
+            self._living_sandbox()
         except BaseException:
             self.close()
             raise
@@ -144,42 +163,106 @@ class Episode:
     # ------------------------------------------------------------------ what an agent does
 
     def act(self, action: Any) -> Turn:
-        """Do one action and record it."""
+        """Do one action.
+
+        Raises:
+            InfrastructureError: The machine failed; the episode is where it was before.
+        """
         if self.state.finished:
-            turn = Turn("finished", "the episode is over: reset the environment", terminated=True)
-        else:
+            return OVER
+        with self._step():
             try:
-                turn = self._dispatch(action)
+                return self._dispatch(action)
             except AgentError as error:
-                turn = self._charge(error)
-        self.state.steps += 1
-        self.state.tickets = [ticket.policy for ticket in self._session.waiting()]
-        return turn
+                return self._charge(error)
+
+    def charge(self, action: Any, error: AgentError) -> Turn:
+        """Answer an action that a wrapper refused (a breach): counted and recorded like the core's own errors.
+
+        Where the action would have played a ticket, the ticket is answered with the error.
+        """
+        if self.state.finished:
+            return OVER
+        with self._step():
+            with suppress(AgentError):
+                parsed = actions.parse(action)
+                if parsed.tool == actions.POLICY and parsed.path is None and not parsed.text.strip():
+                    self._take_ticket()
+            self._resolve(_refusal(error))
+            return self._charge(error)
+
+    @contextmanager
+    def _step(self) -> Iterator[None]:
+        """One step: counted when it is over, undone when it fails."""
+        self._before = replace(self.state, history=list(self.state.history))
+        self._ticket = self._answer = None
+        try:
+            yield
+            self.state.steps += 1
+            waiting = self._session.waiting()
+            self._note_tickets(waiting)
+            self.state.tickets = [ticket.name for ticket in waiting]
+        except BaseException:
+            self._undo()
+            raise
+
+    def _undo(self) -> None:
+        """Be where the episode was before this step; what its agent was billed meanwhile stays billed."""
+        self.state = replace(self._before, cost=self.state.cost)
+        if self._ticket is not None:
+            self._session.put_back(self._ticket)
+        self.ledger.failed()
 
     def _dispatch(self, action: Any) -> Turn:
         parsed = actions.parse(action)
         if parsed.tool == actions.STOP:
             return self._stop(parsed.nominate)
         if self.state.awaiting_choice:
-            raise InvalidAction("the iterations are used up: the only action left is stop(nominate=K)")
+            raise InvalidAction("the iterations are used up: the only action left was stop(nominate=K)")
         if parsed.tool == actions.SHELL:
             return self._shell(parsed.text)
         return self._policy(parsed)
 
     def _shell(self, command: str) -> Turn:
+        sandbox = self._living_sandbox()
+        started = time.monotonic()
+        notes = []
+        try:
+            result = sandbox.exec(command, timeout=self.task.limits.shell_seconds)
+        except SandboxError as error:
+            # The command's doing as a rule (all memory in use, its first process killed), so it is not run again; where
+            # the engine is what failed, the next sandbox does not start, and that raises.
+            self._lose_sandbox(error)
+            result = ExecResult(1, b"", b"", False, False, time.monotonic() - started)
+            notes.append(self._lost_note())
+        finally:
+            if self._session.deferred:
+                self._freeze()
+        self._raise_failure(self._session)
         self.state.shell_commands += 1
-        seconds = self.task.limits.shell_seconds
-        result = self._in_sandbox(lambda sandbox: sandbox.exec(command, timeout=seconds))
         self.state.curation_seconds += result.seconds
+        return self._shell_turn(result, notes)
+
+    def _lost_note(self) -> str:
+        with suppress(SandboxError):
+            self._living_sandbox()
+        return (
+            "[the sandbox ended under this command, which was not run again: did it use more than"
+            f" {self.task.limits.memory_mb} MB of memory, or kill processes that it did not start?"
+            " A fresh sandbox follows; /workspace is as it was left, processes and /tmp are gone]"
+        )
+
+    def _shell_turn(self, result: ExecResult, notes: list[str]) -> Turn:
         output = result.stdout.decode(errors="replace")
         if result.stderr:
             output += ("\n" if output and not output.endswith("\n") else "") + result.stderr.decode(errors="replace")
-        notes = []
+        lost = bool(notes)
         if result.timed_out:
+            seconds = self.task.limits.shell_seconds
             notes.append(f"[stopped after {seconds:g} s, with every process that it started]")
         if result.truncated:
             notes.append(f"[output cut at {self.task.limits.output_bytes:,} bytes]")
-        if result.exit_code:
+        if result.exit_code and not lost:
             notes.append(f"[exit code {result.exit_code}]")
         for ticket in self._session.waiting()[:1]:
             notes.append(f"[{ticket.name} waits: the next POLICY action with empty text runs it]")
@@ -187,43 +270,68 @@ class Episode:
         return Turn("shell_ok" if ok else "shell_failed", "\n".join([output.rstrip("\n"), *notes]).strip("\n"))
 
     def _policy(self, parsed: actions.Parsed) -> Turn:
-        ticket, source = self._source(parsed)
+        source = self._source(parsed)
         try:
             turn = self._run_and_score(source)
         except AgentError as error:
-            self._resolve(ticket, {"status": "error", "error": error.code, "message": str(error)})
+            self._resolve(_refusal(error))
             raise
-        self._resolve(ticket, {"status": turn.status, "message": turn.message})
+        self._resolve({"status": turn.status, "message": turn.message})
         return turn
 
-    def _resolve(self, ticket: str, result: dict[str, Any]) -> None:
-        if ticket:
-            self._session.resolve(ticket, result)
-            self._answer = {"name": ticket, "result": result}
+    def _resolve(self, result: dict[str, Any]) -> None:
+        """Answer the ticket that this step plays, if it plays one."""
+        if self._ticket is not None:
+            self._session.resolve(self._ticket.name, result)
+            self._answer = {"name": self._ticket.name, "result": result}
+
+    def _take_ticket(self) -> Ticket | None:
+        """The oldest ticket that waits, which is then this step's."""
+        self._ticket = self._session.next_ticket()
+        if self._ticket is not None:
+            self._note_tickets([self._ticket])
+        return self._ticket
+
+    def _note_tickets(self, tickets: list[Ticket]) -> None:
+        """Journal the policies of tickets, each once: a step's record only names those that wait."""
+        for ticket in tickets:
+            name = ticket_name(ticket.policy.encode())
+            if name not in self._noted:
+                self.ledger.event("ticket", ticket=name, policy=ticket.policy)
+                self._noted.add(name)
 
     def _restore_tickets(self) -> None:
         """Of a resumed run: a policy submitted again finds its result, is not charged again, and what waited waits."""
+        policies = {event["ticket"]: event["policy"] for event in self.ledger.events("ticket")}
+        self._noted = set(policies)
         for event in self.ledger.events("step"):
             if event.get("ticket"):
                 self._session.resolve(**event["ticket"])
-        for policy in self.state.tickets:
-            self._session.submit(policy.encode(), again=True)
+        for name in self.state.tickets:
+            policy = policies.get(name) or policies.get(name.rpartition("-")[0])  # t-<digest>, or t-<digest>-<count>
+            if policy is not None:
+                self._session.restore(Ticket(name, policy))
+        if self.state.finished or self.state.awaiting_choice:
+            self._session.end(NO_MORE_POLICIES)
 
-    def _source(self, parsed: actions.Parsed) -> tuple[str, str]:
-        """The ticket ("" when there is none) and the source of a POLICY action."""
+    def _source(self, parsed: actions.Parsed) -> str:
+        """The source of a POLICY action; that of a ticket where it names none."""
         if parsed.path is not None:
-            path = parsed.path
-            try:
-                data = self._in_sandbox(lambda sandbox: sandbox.read(path, MAX_POLICY_BYTES))
-            except (FileNotFoundError, IsADirectoryError, PermissionError, ValueError) as error:
-                raise PolicyFailed(f"no policy at {path}: {error}") from error
-            return "", _decode_policy(data)
+            return _decode_policy(self._read(parsed.path))
         if parsed.text.strip():
-            return "", parsed.text
-        taken = self._session.next_ticket()
-        if taken is None:
+            return parsed.text
+        ticket = self._take_ticket()
+        if ticket is None:
             raise InvalidAction("POLICY needs a script: policy(source), policy(path=...), or a submitted ticket")
-        return taken.name, taken.policy
+        return ticket.policy
+
+    def _read(self, path: str) -> bytes:
+        sandbox = self.sandbox or self._living_sandbox()
+        try:
+            return sandbox.read(path, MAX_POLICY_BYTES)
+        except (OSError, ValueError) as error:  # a name that is too long, a file of 2 MB, a folder in between
+            reason = getattr(error, "strerror", None) or str(error)
+            raise PolicyFailed(f"no policy at {path[:300]}: {reason}") from error
 
     def _run_and_score(self, source: str) -> Turn:
         number = self.state.iteration + 1
@@ -245,44 +353,51 @@ class Episode:
 
         if self.on_progress:
             self.on_progress({"stage": "policy", "done": 0, "total": 1, "unit": "runs"})
-        if self.sandbox is not None:
-            self._in_sandbox(lambda sandbox: sandbox.freeze())  # nothing may write while the workspace is copied
-        with ExitStack() as after, Session(None, HostBackend(self), read_only=True) as session:
-            after.callback(self._thaw)
-            return run_policy(
-                source,
-                workspace=self.workspace,
-                make=lambda config: make_sandbox(self._sandbox_kind, config),
-                config=self._config(f"{self.run_dir.name}-policy", session.path),
-                seed=policy_seed(self.state.seed, number),
-                timeout=self.task.limits.policy_seconds,
-                snapshot_mb=self.task.limits.disk_mb,
-            )
+        self._freeze()  # nothing may write while the workspace is copied
+        try:
+            with Session(None, HostBackend(self), read_only=True) as session:
+                run = run_policy(
+                    source,
+                    workspace=self.workspace,
+                    make=lambda config: make_sandbox(self._sandbox_kind, config),
+                    config=self._config(f"{self.run_dir.name}-policy", session.path),
+                    seed=policy_seed(self.state.seed, number),
+                    timeout=self.task.limits.policy_seconds,
+                    snapshot_mb=self.task.limits.disk_mb,
+                )
+                self._raise_failure(session)
+                return run
+        finally:
+            if not self._session.deferred:
+                self._thaw()
 
-    def _thaw(self) -> None:
-        if self.sandbox is not None:
-            self._in_sandbox(lambda sandbox: sandbox.thaw())
+    def _raise_failure(self, session: Session) -> None:
+        """A request that the host could not answer is no fault of the agent's, whatever it made of that."""
+        failure = session.take_failure()
+        if failure is not None:
+            self.ledger.event("request_failed", error=failure.code)
+            raise failure
 
     def _scored(self, number: int, source: str, run: PolicyRun, outcome: Outcome) -> Turn:
         assert run.submission is not None
         part = shown_part(self.task)
-        visible = dict(outcome.scores.parts[part])
         average = outcome.scores.mean(part)
-        files = {
-            "policy.py": source.encode(),
-            "provenance.json": _json(
-                {"policy_seed": policy_seed(self.state.seed, number), "snapshot": run.snapshot_digest}
-            ),
-            **{f"submission/{name}": data for name, data in run.submission.to_files().items()},
-            **outcome.files,
-            "scores.json": _json({"task": self.task.hash, "scores": outcome.scores.to_json()}),
-        }
-        self.ledger.seal(number, outcome.scores.to_json())  # first: a committed iteration has them
-        commit = self.ledger.commit(number, files, f"iteration {number}: {average:.2f}")
+        commit = self._commit(
+            number,
+            f"iteration {number}: {average:.2f}",
+            outcome,
+            {
+                "policy.py": source.encode(),
+                "provenance.json": _json(
+                    {"policy_seed": policy_seed(self.state.seed, number), "snapshot": run.snapshot_digest}
+                ),
+                **{f"submission/{name}": data for name, data in run.submission.to_files().items()},
+            },
+        )
         best_before = self._average(self.state.best)
         entry = Iteration(
             number,
-            visible,
+            dict(outcome.scores.parts[part]),
             average,
             outcome.scores.stderr[part],
             commit,
@@ -291,19 +406,43 @@ class Episode:
             outcome.supervised_tokens,
             dict(outcome.audit),
         )
-        self.state.history.append(entry)
-        self.state.iteration = number
-        if average > best_before:
-            self.state.best = number
-        self.ledger.event("iteration", number=number, commit=commit, seconds=outcome.seconds, cached=outcome.cached)
-        self._feedback.write(self.task, self.state.history, outcome)
-        terminated = self._iterations_used_up()
+        self._add(entry, outcome)
         text = feedback_table(self.task, self.state.history, self.state.best)
-        if terminated and self.final_choice:
-            self.state.awaiting_choice, terminated = True, False
+        terminated = self._end_of_iterations()
+        if self.state.awaiting_choice:
             text += "\nThe iterations are used up. Name the one that you stand by: stop(nominate=K)."
-        self.state.finished = terminated
         return Turn("scored", text, max(0.0, average - best_before), terminated)
+
+    def _commit(self, number: int, message: str, outcome: Outcome, files: dict[str, bytes]) -> str:
+        """Record an iteration: what is sealed of it to its own place first, so that a committed iteration has it."""
+        scores = outcome.scores.to_json()
+        shown, sealed = shown_files(self.task, outcome.files)
+        digest = self.ledger.seal(number, scores, sealed)
+        files = {
+            **files,
+            **shown,
+            "scores.json": _json({"task": self.task.hash, "scores": shown_scores(self.task, scores)}),
+            SEALED_DIGEST: f"{digest}\n".encode(),
+        }
+        commit = self.ledger.commit(number, files, message)
+        self.ledger.event("iteration", number=number, commit=commit, seconds=outcome.seconds, cached=outcome.cached)
+        return commit
+
+    def _add(self, entry: Iteration, outcome: Outcome | None = None) -> None:
+        """Append to the history, what the agent reads first: if that fails, nothing has happened."""
+        history = [*self.state.history, entry]
+        self._feedback.write(self.task, history, outcome)
+        self.state.history = history
+        self.state.iteration = entry.number
+        if entry.average is not None and entry.average > self._average(self.state.best):
+            self.state.best = entry.number
+
+    def _end_of_iterations(self) -> bool:
+        """Whether the episode ends because its iterations are used up; with `final_choice` one step is left."""
+        used_up = self.state.iteration >= self.task.iterations
+        self.state.awaiting_choice = used_up and self.final_choice
+        self.state.finished = used_up and not self.final_choice
+        return self.state.finished
 
     def _stop(self, nominate: int | None) -> Turn:
         scored = [entry.number for entry in self.state.history if entry.scores is not None]
@@ -311,42 +450,34 @@ class Episode:
             raise InvalidAction(f"iteration {nominate} was not scored: nominate one of {scored}")
         self.state.nominee = nominate
         self.state.finished = True
-        chosen = self.nominee
-        return Turn("finished", f"stopped; the nominee is iteration {chosen} ({self._average(chosen):.2f})", 0.0, True)
+        return Turn("finished", f"stopped; {self._nominee_text()}", 0.0, True)
+
+    def _nominee_text(self) -> str:
+        return f"the nominee is iteration {self.nominee} ({self._average(self.nominee):.2f})"
 
     @property
     def nominee(self) -> int:
         """The iteration that the agent stands by: its own choice, else the best on feedback."""
         return self.state.best if self.state.nominee is None else self.state.nominee
 
-    def charge(self, error: AgentError) -> Turn:
-        """Answer an agent's error that a wrapper found (a breach): counted and recorded like the core's own."""
-        turn = self._charge(error)
-        self.state.steps += 1
-        return turn
-
     def _charge(self, error: AgentError) -> Turn:
-        """Answer an agent's error: free at first, one iteration each afterwards."""
+        """Answer an agent's error: free at first, one iteration each afterwards.
+
+        The final choice is one step, whatever is made of it.
+        """
         status = {"rejected_submission": "rejected", "rule_breach": "breach"}.get(error.code, "invalid")
         text = f"{error.code}: {error}"
         if self.state.awaiting_choice:
-            return Turn(status, text, error=error.code)
+            self.state.finished = True
+            return Turn(status, f"{text}\n[no choice was made: {self._nominee_text()}]", 0.0, True, error.code)
         if self.state.free_errors > 0:
             self.state.free_errors -= 1
             text += f"\n[nothing charged; {self.state.free_errors} more such errors are free]"
             return Turn(status, text, error=error.code)
-        self.state.iteration += 1
-        self.state.history.append(Iteration(self.state.iteration, None, None, error=error.code))
-        self._feedback.write(self.task, self.state.history)
+        self._add(Iteration(self.state.iteration + 1, None, None, error=error.code))
         text += "\n[one iteration charged: the free errors are used up]"
-        terminated = self._iterations_used_up()
-        if terminated and self.final_choice:
-            self.state.awaiting_choice, terminated = True, False
-        self.state.finished = terminated
+        terminated = self._end_of_iterations()
         return Turn(status, text, 0.0, terminated, error.code)
-
-    def _iterations_used_up(self) -> bool:
-        return self.state.iteration >= self.task.iterations
 
     def _average(self, number: int) -> float:
         value = self.state.history[number].average
@@ -362,38 +493,47 @@ class Episode:
             task=self.task.model_dump(mode="json"),
             task_hash=self.task.hash,
             seed=self.state.seed,
+            final_choice=self.final_choice,
+            sandbox=self._sandbox_kind,
         )
         outcome = self.pipeline.base(self.on_progress)
         part = shown_part(self.task)
-        scores = outcome.scores.to_json()
-        self.ledger.seal(0, scores)
-        commit = self.ledger.commit(
-            0, {**outcome.files, "scores.json": _json({"task": self.task.hash, "scores": scores})}, "iteration 0: base"
-        )
+        commit = self._commit(0, "iteration 0: base", outcome, {})
         self.state.history.append(
             Iteration(
                 0, dict(outcome.scores.parts[part]), outcome.scores.mean(part), outcome.scores.stderr[part], commit
             )
         )
-        self.ledger.event("iteration", number=0, commit=commit, seconds=outcome.seconds, cached=outcome.cached)
         self.ledger.event("reset", state=asdict(self.state))
 
     def record(self, action: Any, turn: Turn, observation: dict[str, Any], info: dict[str, Any]) -> None:
-        """Journal one step, whole, with the state after it: the last one is where a resumed run goes on."""
-        self.state.wall_seconds += time.monotonic() - self._started
-        self._started = time.monotonic()
-        self.ledger.event(
-            "step",
-            step=self.state.steps,
-            action=_plain(action),
-            observation=_plain(observation),
-            reward=turn.reward,
-            terminated=turn.terminated,
-            info=_plain(info),
-            ticket=self._answer,
-            state=asdict(self.state),
-        )
-        self._answer = None
+        """Journal one step, whole, with the state after it: the last one is where a resumed run goes on.
+
+        Raises:
+            LedgerError: It could not be written; the episode is where it was before the step.
+        """
+        if not turn.recorded:
+            return
+        now = time.monotonic()
+        self.state.wall_seconds += now - self._started
+        self._started = now
+        try:
+            self.ledger.event(
+                "step",
+                step=self.state.steps,
+                action=plain(action),
+                observation=plain(observation),
+                reward=turn.reward,
+                terminated=turn.terminated,
+                info=plain(info),
+                ticket=self._answer,
+                state=asdict(self.state),
+            )
+        except BaseException:
+            self._undo()
+            raise
+        if self.state.finished or self.state.awaiting_choice:
+            self._session.end(NO_MORE_POLICIES)
         if self.state.finished:
             self.ledger.event("episode_finished", nominee=self.nominee, best=self.state.best)
 
@@ -414,11 +554,33 @@ class Episode:
 
     def _recorded(self, seed: int) -> State:
         """The state after the last recorded step; a fresh one when the run was cut before the base was scored."""
-        events = list(self.ledger.events())
+        events = self.ledger.events()
+        started = [event for event in events if event["kind"] == "episode_started"]
+        if started:
+            self._check_same(started[-1])
         for event in reversed(events):
             if event["kind"] in ("reset", "step"):
                 return State.from_json(event["state"])
-        return State(next((event["seed"] for event in events if event["kind"] == "episode_started"), seed))
+        return State(started[-1]["seed"] if started else seed)
+
+    def _check_same(self, started: dict[str, Any]) -> None:
+        """Scores of two tasks, or an episode under two rules, must never stand in one record."""
+        was, now = started["task"], self.task.model_dump(mode="json")
+        differ = []
+        if started["task_hash"] != self.task.hash:
+            differ = _differences({**was, "overrides": None}, {**now, "overrides": None})
+            differ = differ or ["another version of the task's recipe, suite, audit rules or student"]
+        else:
+            differ = [
+                text for name in ("iterations", "detail") for text in _differences({name: was[name]}, {name: now[name]})
+            ]
+        if started.get("final_choice", self.final_choice) != self.final_choice:
+            differ.append(f"final_choice={started['final_choice']} (now {self.final_choice})")
+        if differ:
+            raise RunDiffers(
+                f"the run at {self.run_dir} can't be resumed, it was started with {'; '.join(differ)}:"
+                " make the environment as it was, or begin another run in another run_dir"
+            )
 
     @property
     def usage(self) -> dict[str, float]:
@@ -455,33 +617,55 @@ class Episode:
                 output_bytes=limits.output_bytes,
             ),
             label=label,
+            hidden=(self.pipeline.data_root, self.run_dir.parent.parent),
         )
-
-    def _start_sandbox(self) -> None:
-        self.sandbox = make_sandbox(self._sandbox_kind, self._config(self.run_dir.name, self._session.path))
-        self.sandbox.start()
 
     @property
     def _session(self) -> Session:
         assert self.session is not None, "the episode is closed"
         return self.session
 
-    def _in_sandbox(self, use: Callable[[Sandbox], Any]) -> Any:
-        """Use the sandbox; one that died is started again once (the workspace outlives it)."""
+    def _living_sandbox(self) -> Sandbox:
+        """The sandbox, thawed; one that died is made anew over the workspace, which outlives it.
+
+        Raises:
+            SandboxError: It did not start, twice.
+        """
         for attempt in (1, 2):
             try:
-                if self.sandbox is None:
-                    self._start_sandbox()
-                assert self.sandbox is not None
-                return use(self.sandbox)
+                if self.sandbox is None or not self.sandbox.alive():
+                    if self.sandbox is not None:
+                        self.sandbox.stop()
+                    self.sandbox = make_sandbox(self._sandbox_kind, self._config(self.run_dir.name, self._session.path))
+                    self.sandbox.start()
+                self.sandbox.thaw()
+                return self.sandbox
             except SandboxError as error:
-                self.ledger.event("sandbox_failed", error=str(error), attempt=attempt)
-                if self.sandbox is not None:
-                    self.sandbox.stop()
-                self.sandbox = None
+                self._lose_sandbox(error)
                 if attempt == 2:
                     raise
         raise AssertionError("unreachable")
+
+    def _lose_sandbox(self, error: SandboxError) -> None:
+        sandbox, self.sandbox = self.sandbox, None
+        if sandbox is not None:
+            sandbox.stop()
+        self.ledger.event("sandbox_failed", error=str(error))
+
+    def _freeze(self) -> None:
+        """Let nothing run in the sandbox; one that can't be frozen is stopped, and made anew when it is needed."""
+        if self.sandbox is not None and self.sandbox.alive():
+            try:
+                self.sandbox.freeze()
+            except SandboxError as error:
+                self._lose_sandbox(error)
+
+    def _thaw(self) -> None:
+        if self.sandbox is not None:
+            try:
+                self.sandbox.thaw()
+            except SandboxError as error:
+                self._lose_sandbox(error)
 
     def close(self) -> None:
         """Stop sandbox and session and release the run folder; may be called twice."""
@@ -502,21 +686,19 @@ def _json(value: Any) -> bytes:
     return (canonical_json(value) + "\n").encode()
 
 
-def _plain(value: Any) -> Any:
-    """Numpy values as JSON's; NaN as None; what JSON has no word for by its repr, cut short."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, str):
-        return value.encode(errors="backslashreplace").decode()
-    return value if isinstance(value, int | bool) or value is None else repr(value)[:1000]
+def _differences(was: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key in now:
+        before, after = was.get(key), now[key]
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += _differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append(f"{prefix}{key}={before!r} (now {after!r})")
+    return found
+
+
+def _refusal(error: AgentError) -> dict[str, Any]:
+    return {"status": "error", "error": error.code, "message": str(error)}
 
 
 def _decode_policy(data: bytes) -> str:

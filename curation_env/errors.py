@@ -16,6 +16,7 @@
 | JudgeUnavailable | the judge endpoint is dead or answers nonsense | once | no | no: raised |
 | SandboxError | the sandbox engine failed | once | no | no: raised |
 | RunLocked | another process holds the run folder | no | no | no: raised |
+| RunDiffers | a run is to be resumed with another task or other settings | no | no | no: raised |
 
 An error of the agent's is answered in the observation (`status`, `message`, `info["error"]`) and the episode goes on;
 the others raise, because a broken machine must never look like a bad policy.
@@ -32,15 +33,11 @@ class CurationError(Exception):
     Attributes:
         code: Short stable name, the value of `info["error"]` and of the journal's `error` field.
         retry: Whether the harness tries once more before it gives up.
-        charged: Whether it counts as an iteration once the free ones of the episode are used up.
-        reward_valid: Whether the step's reward (0) says something about the agent's action.
         details: Longer text for a person (a log's tail); never shown to the agent unless the error is the agent's.
     """
 
     code: ClassVar[str] = "error"
     retry: ClassVar[bool] = False
-    charged: ClassVar[bool] = False
-    reward_valid: ClassVar[bool] = False
 
     def __init__(self, message: str, *, details: str = "") -> None:
         super().__init__(message)
@@ -51,8 +48,6 @@ class AgentError(CurationError):
     """An error of the agent's own making: answered in the observation, charged after the free ones."""
 
     code = "agent_error"
-    charged = True
-    reward_valid = True
 
 
 class InvalidAction(AgentError):
@@ -77,7 +72,10 @@ class RuleBreach(AgentError):
 
 class LimitExceeded(CurationError):
     code = "limit_exceeded"
-    reward_valid = True
+
+
+class InvalidSetting(CurationError):
+    code = "invalid_setting"
 
 
 class MissingAssets(CurationError):
@@ -98,6 +96,12 @@ class NonFiniteLoss(CurationError):
 
 class RunLocked(CurationError):
     code = "run_locked"
+
+
+class RunDiffers(CurationError):
+    """A run can't be resumed: its scores were got under another task, or under other settings."""
+
+    code = "run_differs"
 
 
 class InfrastructureError(CurationError):

@@ -8,33 +8,31 @@ from gymnasium.envs.registration import WrapperSpec, register
 
 
 class Entry(NamedTuple):
-    """One id: its task, its class and its step limit (three actions of look-around for each submission, and room)."""
+    """One id: its task, its class, and whether its actions and observations are numbers."""
 
     id: str
     task: str
     entry_point: str
-    max_episode_steps: int = 200
+    numeric: bool = False
 
 
 ENTRIES = (
     Entry("CurationBench-Mini-v0", "mini", "curation_env.envs.mini:MiniEnv"),
     Entry("CurationBench-MiniWorlds-v0", "mini-worlds", "curation_env.envs.mini:MiniWorldsEnv"),
-    Entry("CurationBench-MiniMixture-v0", "mini-mixture", "curation_env.envs.mini:MiniWorldsEnv"),
+    Entry("CurationBench-MiniMixture-v0", "mini-mixture", "curation_env.envs.mini:MiniWorldsEnv", numeric=True),
 )
 
 
 def register_all() -> None:
-    """Register every id with Gymnasium."""
+    """Register every id with Gymnasium. The step limit is the task's own, which the environment keeps itself."""
     for entry in ENTRIES:
-        numeric = entry.task == "mini-mixture"
         register(
             id=entry.id,
             entry_point=entry.entry_point,
             kwargs={"task": entry.task},
-            max_episode_steps=entry.max_episode_steps,
-            # Numbers alone survive Gymnasium's default vector environments; texts need ours (see envs/vector.py).
-            vector_entry_point=None if numeric else "curation_env.envs.vector:make_vector",
-            additional_wrappers=_NUMERIC if numeric else (),
+            # Gymnasium takes no vector entry point beside wrappers; its standard modes do as well.
+            vector_entry_point=None if entry.numeric else "curation_env.envs.vector:make_vector",
+            additional_wrappers=_NUMERIC if entry.numeric else (),
         )
 
 

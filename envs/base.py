@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils import EzPickle
 
 from curation_env import text
-from curation_env.actions import TOOLS
 from curation_env.assets import Assets, data_root, prepared
-from curation_env.errors import AgentError
+from curation_env.choices import DEVICES, SANDBOXES, check_choice
+from curation_env.envs.spaces import SharedText
+from curation_env.errors import AgentError, LimitExceeded
 from curation_env.statuses import STATUSES
 from curation_env.task import Task
 
@@ -33,6 +37,14 @@ if TYPE_CHECKING:
 
 ACTION_CHARS = 4096
 REMAINING = ("iterations", "shell_commands", "curation_seconds", "wall_seconds", "cost")
+#: What can be limited, in words; see `CurationEnv.limit`.
+RESOURCES = {
+    "steps": "steps",
+    "shell_commands": "shell commands",
+    "curation_seconds": "seconds of curation compute",
+    "wall_seconds": "seconds of wall clock",
+    "cost": "dollars",
+}
 
 
 class CurationEnv(gym.Env[dict[str, Any], dict[str, Any]], EzPickle):
@@ -66,7 +78,9 @@ class CurationEnv(gym.Env[dict[str, Any], dict[str, Any]], EzPickle):
 
     ## Episode end
     `terminated` when the iterations are used up or after STOP (`final_choice=True` leaves one free step for
-    `stop(nominate=k)`); `truncated` by limits. An infrastructure failure raises, it never looks like a score.
+    `stop(nominate=k)`); `truncated` by the step that uses up a limit: of the task (`max_episode_steps`, `budgets`), or
+    one that `curation_env.wrappers.limits` sets. That step is played to its end; it says which limit it was, with the
+    status `limit` unless it was scored. An infrastructure failure raises, it never looks like a score.
 
     ## Info
     Flat, the same keys on every step; None, 0 or "" where there is nothing.
@@ -96,6 +110,7 @@ class CurationEnv(gym.Env[dict[str, Any], dict[str, Any]], EzPickle):
 
     metadata = {"render_modes": ["ansi", "human", "rgb_array"], "render_fps": 1}
     reset_options: ClassVar[tuple[str, ...]] = ("resume",)
+    _spec: EnvSpec | None = None
 
     def __init__(
         self,
@@ -134,6 +149,8 @@ class CurationEnv(gym.Env[dict[str, Any], dict[str, Any]], EzPickle):
             on_progress=on_progress,
             render_mode=render_mode,
         )
+        check_choice("sandbox", sandbox, SANDBOXES)
+        check_choice("device", device, DEVICES)
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise ValueError(f"render_mode must be one of {self.metadata['render_modes']}, not {render_mode!r}")
         self.task = Task.load(
@@ -147,7 +164,10 @@ class CurationEnv(gym.Env[dict[str, Any], dict[str, Any]], EzPickle):
         self._data_root = data_root
         self._device = device
         self._cache = cache
-        self._episodes = 0
+        self._limits = {"steps": float(self.task.max_episode_steps)}
+        for resource, amount in self.task.budgets.model_dump().items():
+            if amount is not None:
+                self.limit(resource, amount)
         self._executor: LocalExecutor | None = None
         self._judge: Judge | None = None
         self._pipeline: Pipeline | None = None
@@ -175,7 +195,7 @@ class CurationEnv(gym.Env[dict[str, Any], dict[str, Any]], EzPickle):
                 "iteration": spaces.Discrete(rows),
                 "remaining": spaces.Box(0.0, 1.0, (len(REMAINING),), np.float32),
                 "status": spaces.Discrete(len(STATUSES)),
-                "message": spaces.Text(text.MESSAGE_CHARS, min_length=0, charset=text.CHARSET),
+                "message": SharedText(text.MESSAGE_CHARS, min_length=0, charset=text.CHARSET),
             }
         )
 
@@ -191,6 +211,8 @@ class CurationEnv(gym.Env[dict[str, Any], dict[str, Any]], EzPickle):
             options: {"resume": True} continues the run folder's last episode after its last recorded step.
 
         Raises:
+            RunDiffers: (resume) The episode was started with another task or other settings; the world of a task that
+                draws worlds is the recorded one, unless `seed` or an option asks for another.
             MissingAssets: Pool, student or suite are not prepared; lists every missing path and what prepares it.
             InfrastructureError: The base model could not be scored, or no sandbox engine is there.
         """
@@ -205,6 +227,8 @@ class CurationEnv(gym.Env[dict[str, Any], dict[str, Any]], EzPickle):
         episode_seed = int(self.np_random.integers(2**31))
         resume = bool(options.get("resume")) and self._episodes_on_disk() > 0
         run_dir = self._next_run_dir(resume)
+        if resume and seed is None and options.get("world") is None:
+            task = self._in_recorded_world(task, run_dir)
         self._episode = Episode(
             task,
             self._pipeline_for(task),
@@ -230,20 +254,36 @@ class CurationEnv(gym.Env[dict[str, Any], dict[str, Any]], EzPickle):
         return self._answer(action, self._episode.act(action))
 
     def refuse(self, action: Any, error: AgentError) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        """Answer an action that a scaffold's rule refused: charged and recorded as the design says, not played."""
+        """Answer an action that a scaffold's rule refused: charged and recorded as the design says, not played.
+
+        A ticket that the action would have played is answered with the error. After the episode's end nothing is
+        charged or recorded, as in `step`.
+        """
         if self._episode is None:
             raise gym.error.ResetNeeded("call reset() before step()")
-        return self._answer(action, self._episode.charge(error))
+        return self._answer(action, self._episode.charge(action, error))
 
     def _answer(self, action: Any, turn: Turn) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         assert self._episode is not None
         self._turn = turn
+        used_up = None if turn.terminated else self._used_up()
+        if used_up is not None:
+            why = f"The episode ends: its limit of {self._limits[used_up]:g} {RESOURCES[used_up]} is used up."
+            self._episode.ledger.event("limit", resource=used_up, limit=self._limits[used_up])
+            self._turn = turn = replace(turn, message=f"{turn.message}\n{why}")
+            if turn.status != "scored":
+                self._turn = turn = replace(turn, status="limit", error=LimitExceeded.code)
         observation = self._observation(turn.status, turn.message)
         info = self._info(turn.status)
         self._episode.record(action, turn, observation, info)
         if self.render_mode == "human":
             self.render()
-        return observation, turn.reward, turn.terminated, False, info
+        return observation, turn.reward, turn.terminated, used_up is not None, info
+
+    def _used_up(self) -> str | None:
+        """The first limit that the episode has reached."""
+        used = {**self.usage, "steps": self.episode.state.steps}
+        return next((resource for resource, amount in self._limits.items() if used[resource] >= amount), None)
 
     def render(self) -> Any:
         """The episode so far, in the render mode."""
@@ -272,6 +312,17 @@ class CurationEnv(gym.Env[dict[str, Any], dict[str, Any]], EzPickle):
             self._judge.close()
             self._judge = None
         self._pipeline = None
+
+    @property  # type: ignore[override]
+    def spec(self) -> EnvSpec | None:
+        """How `gym.make` made this environment, in plain data: it goes through JSON whatever paths were given."""
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec: EnvSpec | None) -> None:
+        if spec is not None:
+            spec.kwargs = {key: str(v) if isinstance(v, Path) else v for key, v in spec.kwargs.items()}
+        self._spec = spec
 
     # ------------------------------------------------------------------ for wrappers and the agent loop
 
@@ -305,11 +356,42 @@ class CurationEnv(gym.Env[dict[str, Any], dict[str, Any]], EzPickle):
         """What the episode has used: iterations, shell_commands, curation_seconds, wall_seconds, cost."""
         return self.episode.usage
 
+    def limit(self, resource: str, amount: float) -> None:
+        """Let an episode use at most `amount` of a resource (see `RESOURCES`); the tighter of two limits holds.
+
+        Raises:
+            ValueError: There is no such resource, or the amount is not more than 0.
+        """
+        if resource not in RESOURCES:
+            raise ValueError(f"no resource {resource!r}: there are {', '.join(RESOURCES)}")
+        if not amount > 0:
+            raise ValueError(f"a limit on {RESOURCES[resource]} must be more than 0, not {amount}")
+        self._limits[resource] = min(float(amount), self._limits.get(resource, math.inf))
+
+    def add_cost(self, dollars: float) -> None:
+        """Count what the agent's model was billed against the episode's cost; agents call it when they learn of it.
+
+        Raises:
+            ValueError: Not a finite amount from 0.
+            ResetNeeded: There is no episode.
+        """
+        if not 0 <= dollars < math.inf:
+            raise ValueError(f"a cost is a finite number of dollars from 0, not {dollars}")
+        self.episode.state.cost += float(dollars)
+        self.ledger.event("cost", dollars=float(dollars))
+
     # ------------------------------------------------------------------ inside
 
     def _draw_task(self, options: dict[str, Any]) -> Task:
         """The task of the next episode; families that draw worlds override this."""
         return self.task
+
+    def _in_recorded_world(self, task: Task, run_dir: Path) -> Task:
+        """The task in the world that a run was begun in, where it was drawn."""
+        from curation_env.runs import recorded_task
+
+        recorded = recorded_task(run_dir) if self.task.pool.world == "by seed" else None
+        return task if recorded is None else self.task.in_world(int(recorded.pool.world))
 
     def _pipeline_for(self, task: Task) -> Pipeline:
         from curation_env.executor import LocalExecutor
@@ -342,9 +424,16 @@ class CurationEnv(gym.Env[dict[str, Any], dict[str, Any]], EzPickle):
 
     def _next_run_dir(self, resume: bool) -> Path:
         count = self._episodes_on_disk()
-        folder = self._run_folder() / f"episode-{count - 1 if resume else count:04d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+        if resume:
+            return self._run_folder() / f"episode-{count - 1:04d}"
+        self._run_folder().mkdir(parents=True, exist_ok=True)
+        while True:  # copies of an environment may share a run folder: each episode's folder is claimed by one
+            folder = self._run_folder() / f"episode-{count:04d}"
+            try:
+                folder.mkdir()
+                return folder
+            except FileExistsError:
+                count += 1
 
     def _close_episode(self) -> None:
         if self._episode is not None:
@@ -378,7 +467,7 @@ class CurationEnv(gym.Env[dict[str, Any], dict[str, Any]], EzPickle):
         """Share of a budget that is left; 1 where there is no limit."""
         if resource == "iterations":
             return 1.0 - self.episode.state.iteration / self.task.iterations
-        limit = getattr(self.task.budgets, resource)
+        limit = self._limits.get(resource)
         return 1.0 if limit is None else min(1.0, max(0.0, 1.0 - self.usage[resource] / limit))
 
     def _info(self, status: str) -> dict[str, Any]:
@@ -410,4 +499,4 @@ class CurationEnv(gym.Env[dict[str, Any], dict[str, Any]], EzPickle):
 
 AUDIT_KINDS = ("image", "question", "answer", "image+question", "image+answer", "rewrite")
 
-__all__ = ["AUDIT_KINDS", "REMAINING", "TOOLS", "CurationEnv"]
+__all__ = ["AUDIT_KINDS", "REMAINING", "RESOURCES", "CurationEnv"]

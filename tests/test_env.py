@@ -10,6 +10,7 @@ import warnings
 import gymnasium as gym
 import numpy as np
 import pytest
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils.env_checker import check_env
 
 import curation_env
@@ -249,17 +250,62 @@ def test_unknown_tasks_and_overrides_name_the_nearest():
         Task.load("mini", rows=0)
 
 
-@pytest.mark.parametrize("mode", ["sync", "async"])
-def test_vector_environments_give_the_same_texts(mode, tmp_path):
-    vector = gym.make_vec(
-        "CurationBench-Mini-v0", num_envs=2, mode=mode, run_dir=None, sandbox="bubblewrap", iterations=2
-    )
+VECTOR = dict(num_envs=2, sandbox="bubblewrap", iterations=1)
+
+
+def play_vector(vector):
+    """Everything that a vector environment answers to cheap actions: a shell command, or mixtures that are none."""
     try:
-        obs, _ = vector.reset(seed=[3, 4])
-        assert all("base" in text for text in obs["message"])
-        actions = {"tool": np.array([0, 0]), "text": ("echo one", "echo two")}
-        obs, reward, *_ = vector.step(actions)
-        assert tuple(obs["message"]) == ("one", "two")
-        assert reward.tolist() == [0.0, 0.0]
+        if isinstance(vector.single_action_space, gym.spaces.Dict):
+            given = {"tool": np.array([0, 0]), "text": ("echo one", "curation task | head -c 300")}
+        else:
+            given = np.full((2, 15), np.nan, np.float32)
+        answers = [vector.reset(seed=[123, 123])]  # the world that Gymnasium's checker draws, too
+        answers += [vector.step(given), vector.step(given)]
+        return answers
     finally:
         vector.close()
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.task)
+def test_standard_vector_environments_are_equal(entry, tmp_path):
+    sync, async_ = (
+        play_vector(gym.make_vec(entry.id, vectorization_mode=mode, run_dir=str(tmp_path / mode), **VECTOR))
+        for mode in ("sync", "async")
+    )
+    np.testing.assert_equal(async_, sync)
+    if not entry.numeric:
+        messages = [answer[0]["message"] for answer in sync]
+        assert all("base" in text for text in messages[0])
+        assert messages[1][0] == "one"
+        assert "MiniOCR" in messages[1][1] or "rows" in messages[1][1]
+    assert all((tmp_path / mode / f"episode-000{k}").is_dir() for mode in ("sync", "async") for k in (0, 1))
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_the_projects_own_vector_environments(mode, tmp_path):
+    vector = gym.make_vec("CurationBench-Mini-v0", mode=mode, run_dir=str(tmp_path), **VECTOR)
+    spec = EnvSpec.from_json(vector.spec.to_json())
+    assert pickle.loads(pickle.dumps(vector.spec)) == vector.spec
+    assert spec.kwargs == vector.spec.kwargs
+    answers = play_vector(vector)
+    assert [answer[0]["message"][0] for answer in answers[1:]] == ["one", "one"]
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["env-0", "env-1"]
+
+
+def test_a_copy_whose_episode_is_over_starts_anew(tmp_path):
+    vector = gym.make_vec("CurationBench-Mini-v0", vectorization_mode="async", run_dir=str(tmp_path), **VECTOR)
+    try:
+        vector.reset(seed=0)
+        _, _, terminated, *_ = vector.step({"tool": np.array([2, 0]), "text": ("", "echo two")})
+        assert terminated.tolist() == [True, False]
+        observation, *_ = vector.step({"tool": np.array([0, 0]), "text": ("echo no", "echo two")})
+        assert STATUSES[observation["status"][0]] == "ready"
+        assert observation["message"][1] == "two"
+    finally:
+        vector.close()
+
+
+def test_paths_in_a_spec_are_plain_text(tmp_path):
+    env = gym.make("CurationBench-Mini-v0", run_dir=tmp_path)
+    assert EnvSpec.from_json(env.spec.to_json()).kwargs["run_dir"] == str(tmp_path)

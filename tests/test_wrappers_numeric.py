@@ -11,6 +11,7 @@ import pytest
 
 from curation_env import envs
 from curation_env.actions import POLICY, shell
+from curation_env.errors import InvalidAction
 from curation_env.wrappers.numeric import MixtureAction, NumericObservation
 
 
@@ -62,10 +63,20 @@ def test_mixtures_are_played_and_scored(mixture):
     assert (info["status"], info["error"], info["iteration"]) == ("scored", "", 2)
 
 
-@pytest.mark.parametrize("action", [np.zeros(14), np.full(15, np.nan), 0.5], ids=["short", "nan", "number"])
-def test_a_broken_action_is_an_error(mixture, action):
-    with pytest.raises(gym.error.InvalidAction, match="15"):
-        mixture.action(action)
+def test_a_broken_action_is_answered_and_the_episode_goes_on(nano):
+    env = NumericObservation(MixtureAction(nano(iterations=1)))
+    env.reset(seed=0)
+    broken = [np.zeros(14), np.full(15, np.nan), shell("ls"), None]
+    for k, action in enumerate(broken, start=1):  # the fourth is charged, as any invalid action
+        with pytest.raises(InvalidAction, match="15 finite numbers"):
+            env.env.action(action)
+        observation, reward, terminated, truncated, info = env.step(action)
+        assert (info["error"], info["status"], reward, truncated) == ("invalid_action", "invalid", 0.0, False)
+        assert observation in env.observation_space
+        assert terminated == (k == len(broken))
+    messages = [event["observation"]["message"] for event in env.unwrapped.ledger.events("step")]
+    assert "shape (14,)" in messages[0]
+    assert "NaN or inf" in messages[1]
 
 
 def test_the_number_of_sources_must_fit(nano):

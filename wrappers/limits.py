@@ -5,24 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import gymnasium as gym
-import numpy as np
 from gymnasium.utils import RecordConstructorArgs
 
-from curation_env import text
-from curation_env.envs.base import REMAINING
-from curation_env.errors import LimitExceeded
-from curation_env.statuses import STATUSES
+from curation_env.errors import InvalidSetting
 
 if TYPE_CHECKING:
     from curation_env.envs.base import CurationEnv
 
 
 class ResourceLimit(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
-    """Truncates the episode after the step that uses up a resource; the base of the limits below.
+    """Lets an episode use so much of a resource; the base of the limits below.
 
-    The step itself is played to its end and keeps its reward; a scored iteration stays scored. Any other step gets the
-    status `limit`. The last message says which limit it was, and the observation's `remaining` counts against it
-    (inside of `NumericObservation`; around it the episode is truncated all the same).
+    It tells the environment (`CurationEnv.limit`), which truncates the episode after the step that uses the resource
+    up: that step is played to its end and keeps its reward, a scored iteration stays scored, any other step gets the
+    status `limit`. The last message says which limit it was, and the observation's `remaining` counts against it. Of
+    two limits on one resource (a wrapper's, the task's own budget) the tighter holds.
 
     Args:
         env: The environment.
@@ -33,46 +30,12 @@ class ResourceLimit(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
     """
 
     resource: ClassVar[str]
-    unit: ClassVar[str]
 
     def __init__(self, env: gym.Env[Any, Any], limit: float) -> None:
-        if not limit > 0:
-            raise ValueError(f"a limit on {self.unit} must be more than 0, not {limit}")
         RecordConstructorArgs.__init__(self, limit=limit)
         gym.Wrapper.__init__(self, env)
+        cast("CurationEnv", self.unwrapped).limit(self.resource, limit)
         self.limit = limit
-
-    @property
-    def used(self) -> float:
-        """How much of the resource the episode has used."""
-        return cast("CurationEnv", self.unwrapped).usage[self.resource]
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        observation, info = self.env.reset(seed=seed, options=options)
-        return self._with_remaining(observation), info
-
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        observation, reward, terminated, truncated, info = self.env.step(action)
-        observation = self._with_remaining(observation)
-        if self.used >= self.limit and not terminated:
-            truncated = True
-            cast("CurationEnv", self.unwrapped).ledger.event("limit", resource=self.resource, limit=self.limit)
-            if info["status"] != "scored":
-                info = {**info, "status": "limit", "error": LimitExceeded.code}
-            if isinstance(observation, dict):
-                why = f"The episode ends: its limit of {self.limit:g} {self.unit} is used up."
-                observation["message"] = text.message(f"{observation['message']}\n{why}")
-                observation["status"] = np.int64(STATUSES.index(info["status"]))
-        return observation, reward, terminated, truncated, info
-
-    def _with_remaining(self, observation: Any) -> Any:
-        """The observation with what is left of this limit; numeric observations are left as they are."""
-        if not isinstance(observation, dict):
-            return observation
-        k = REMAINING.index(self.resource)
-        remaining = observation["remaining"].copy()
-        remaining[k] = min(remaining[k], max(0.0, 1.0 - self.used / self.limit))
-        return {**observation, "remaining": remaining}
 
 
 class WallClockLimit(ResourceLimit):
@@ -87,7 +50,6 @@ class WallClockLimit(ResourceLimit):
     """
 
     resource = "wall_seconds"
-    unit = "seconds of wall clock"
 
 
 class ShellCommandLimit(ResourceLimit):
@@ -100,7 +62,6 @@ class ShellCommandLimit(ResourceLimit):
     """
 
     resource = "shell_commands"
-    unit = "shell commands"
 
 
 class CurationComputeLimit(ResourceLimit):
@@ -113,7 +74,6 @@ class CurationComputeLimit(ResourceLimit):
     """
 
     resource = "curation_seconds"
-    unit = "seconds of curation compute"
 
 
 class CostLimit(ResourceLimit):
@@ -126,24 +86,33 @@ class CostLimit(ResourceLimit):
     """
 
     resource = "cost"
-    unit = "dollars"
 
 
 LIMITS: tuple[type[ResourceLimit], ...] = (WallClockLimit, ShellCommandLimit, CurationComputeLimit, CostLimit)
 
 
-def limits(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
-    """Put every limit around an environment for which its task file has a budget.
+def limits(env: gym.Env[Any, Any], **amounts: float | None) -> gym.Env[Any, Any]:
+    """Put a limit around an environment for each amount that is given; those that are None are left out.
+
+    Args:
+        env: The environment. What its task's file limits is limited without a wrapper.
+        **amounts: `wall_seconds`, `shell_commands`, `curation_seconds` and `cost`.
+
+    Raises:
+        InvalidSetting: An unknown name, or not a number more than 0.
 
     Example:
         >>> from curation_env import envs
-        >>> env = envs.make("nano")
-        >>> limits(env) is env  # the task file sets no budget
-        True
+        >>> limits(envs.make("nano"), shell_commands=30, cost=None).limit
+        30
     """
-    budgets = cast("CurationEnv", env.unwrapped).task.budgets
-    for limit in LIMITS:
-        amount = getattr(budgets, limit.resource)
-        if amount is not None:
-            env = limit(env, amount)
+    by_resource = {limit.resource: limit for limit in LIMITS}
+    for resource, amount in amounts.items():
+        if resource not in by_resource:
+            raise InvalidSetting(f"no limit {resource!r}: there are {', '.join(by_resource)}")
+        if amount is None:
+            continue
+        if isinstance(amount, bool) or not isinstance(amount, int | float) or not amount > 0:
+            raise InvalidSetting(f"the limit {resource} must be a number more than 0, not {amount!r}")
+        env = by_resource[resource](env, amount)
     return env

@@ -11,6 +11,7 @@ from gymnasium import spaces
 from gymnasium.utils import RecordConstructorArgs
 
 from curation_env import actions
+from curation_env.errors import InvalidAction
 from curation_env.mixture import mixture_policy
 
 if TYPE_CHECKING:
@@ -66,15 +67,30 @@ class MixtureAction(gym.ActionWrapper[Any, np.ndarray, Any], RecordConstructorAr
             raise ValueError(f"the pool has {len(counts)} sources: pass sources={len(counts)}, not {expected}")
         return sorted(counts, key=lambda name: (-counts[name], name))
 
-    def action(self, action: np.ndarray) -> actions.Action:
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """Play the mixture; what is none (a diverged agent's NaN, a text action) is answered as an invalid action."""
+        try:
+            inner: Any = self.action(action)
+        except InvalidAction as error:
+            inner = error  # the environment answers it, and every wrapper on the way counts a step
+        return self.env.step(inner)
+
+    def action(self, action: Any) -> actions.Action:
         """Write the policy.
 
         Raises:
-            InvalidAction: The action has another shape, or a value that is not finite (a diverged agent).
+            InvalidAction: The action is no array of numbers, has another shape, or a value that is not finite.
         """
-        values = np.asarray(action, np.float64)
-        if values.shape != self.action_space.shape or not np.isfinite(values).all():
-            raise gym.error.InvalidAction(f"a mixture is {self.action_space.shape} finite numbers, not {action!r}")
+        count = cast(spaces.Box, self.action_space).shape[0]
+        try:
+            values = np.asarray(action, np.float64)
+        except (TypeError, ValueError, OverflowError):
+            values = np.empty(0)
+        if values.shape != (count,) or not np.isfinite(values).all():
+            given = repr(action)[:100]
+            if isinstance(action, np.ndarray):
+                given = f"an array of shape {action.shape}" + ("" if values.shape != (count,) else " with NaN or inf")
+            raise InvalidAction(f"a mixture is {count} finite numbers, one a source and the cut, not {given}")
         *weights, cut = np.clip(values, -1.0, 1.0).tolist()
         shares = {name: (weight + 1) / 2 for name, weight in zip(self.sources, weights, strict=True)}
         rows = cast("CurationEnv", self.unwrapped).episode.task.rows

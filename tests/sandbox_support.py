@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
+import subprocess
+import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,6 +58,31 @@ def host_processes(marker: str) -> list[int]:
             if marker.encode() in arguments:
                 found.append(int(name))
     return found
+
+
+def as_ordinary_user(function: Callable[[Path], None]) -> None:
+    """Call a function with an empty folder, in a process that has no privileges: as `nobody` where this one is root."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp", prefix="unprivileged-"))  # not below a folder that only root may enter
+    try:
+        if os.getuid() == 0:
+            os.chown(folder, 65534, 65534)
+        child = os.fork()
+        if child == 0:
+            try:
+                if os.getuid() == 0:
+                    os.setgroups([])
+                    os.setresgid(65534, 65534, 65534)
+                    os.setresuid(65534, 65534, 65534)
+                function(folder)
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0, "see its standard error"
+    finally:
+        subprocess.run(["chmod", "-R", "u+rwx", str(folder)], check=True)
+        shutil.rmtree(folder)
 
 
 def until(condition: Callable[[], bool], seconds: float = 5.0) -> bool:

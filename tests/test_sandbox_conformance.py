@@ -6,6 +6,7 @@ import gc
 import hashlib
 import os
 import socket
+import textwrap
 import threading
 import time
 from collections.abc import Iterator
@@ -395,6 +396,51 @@ def test_a_deleted_file_still_counts(sandbox: Sandbox) -> None:
     assert (result.exit_code, result.limit) == (137, "disk")
 
 
+def test_a_mapped_deleted_file_still_counts(sandbox: Sandbox) -> None:
+    # Not by Python's mmap, which keeps a descriptor.
+    code = """
+        import ctypes, os
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mmap.restype = ctypes.c_void_p
+        libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
+        size = 8 << 20
+        for i in range(40):
+            fd = os.open('f', os.O_RDWR | os.O_CREAT)
+            os.unlink('f')
+            os.write(fd, bytes(size))
+            assert libc.mmap(None, 4096, 1, 1, fd, 0) != ctypes.c_void_p(-1).value
+            os.close(fd)
+    """
+    result = sandbox.exec(["python", "-c", textwrap.dedent(code)], timeout=60)
+    assert (result.exit_code, result.limit) == (137, "disk")
+
+
+def test_a_file_under_way_between_sockets_still_counts(sandbox: Sandbox) -> None:
+    """Nobody can see who holds it; what it takes from the disk is seen."""
+    code = """
+        import os, socket
+        ends = []
+        for i in range(150):
+            fd = os.open('f', os.O_RDWR | os.O_CREAT)
+            os.unlink('f')
+            os.write(fd, bytes(8 << 20))
+            ends.append(socket.socketpair())
+            socket.send_fds(ends[-1][0], [b'x'], [fd])
+            os.close(fd)
+    """
+    result = sandbox.exec(["python", "-c", textwrap.dedent(code)], timeout=60)
+    assert (result.exit_code, result.limit) == (137, "disk")
+    assert text(sandbox, "echo on") == "on\n"
+
+
+def test_disk_cannot_be_reserved_unwritten(sandbox: Sandbox) -> None:
+    code = "import os; fd = os.open('f', os.O_RDWR | os.O_CREAT); os.posix_fallocate(fd, 0, 1 << 20)"
+    text(sandbox, f'python -c "{code}"; test $(stat -c %s f) = 1048576')
+    code = "import ctypes, os; fd = os.open('f', os.O_RDWR | os.O_CREAT); libc = ctypes.CDLL(None, use_errno=True)"
+    code += "; print(libc.fallocate(fd, 0, ctypes.c_long(0), ctypes.c_long(1 << 20)), os.strerror(ctypes.get_errno()))"
+    assert text(sandbox, f'python -c "{code}"') == "-1 Operation not supported\n"
+
+
 def test_file_size_and_tmp_are_bounded(sandbox: Sandbox) -> None:
     assert sandbox.exec("head -c 17M /dev/zero > f", timeout=20).exit_code != 0
     assert (sandbox.config.workspace / "f").stat().st_size <= LIMITS.file_mb << 20
@@ -519,6 +565,31 @@ def test_a_dead_sandbox_is_noticed_and_starts_again(kind: str, tmp_path: Path, n
     sandbox.stop()
     sandbox.stop()
     assert not sandbox.alive()
+
+
+def test_a_watch_that_fails_ends_the_sandbox(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nap: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("planted")
+
+    with engine(kind, tmp_path / "workspace") as sandbox:
+        process = sandbox.popen(f"setsid sleep {nap} & sleep {nap}")
+        assert until(lambda: len(host_processes(nap)) == 2)
+        with monkeypatch.context() as patch:
+            patch.setattr("curation_env.sandbox.files.usage", broken)
+            with pytest.raises(SandboxDied):
+                process.wait(10)
+            assert not sandbox.alive()
+            assert "planted" in caplog.text
+            with pytest.raises(SandboxDied):
+                sandbox.exec("true", timeout=5)
+            with pytest.raises(RuntimeError, match="planted"):
+                sandbox.start()
+            assert not sandbox.alive()
+        assert until(lambda: not host_processes(nap))
+        sandbox.start()
+        assert text(sandbox, "echo on") == "on\n"
 
 
 def test_stop_leaves_nothing(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nap: str) -> None:

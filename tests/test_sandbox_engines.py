@@ -212,6 +212,12 @@ def test_bubblewrap_as_an_ordinary_user() -> None:
         from curation_env.sandbox import SandboxConfig, SandboxLimits, make_sandbox
         limits = SandboxLimits(memory_mb=256, pids=48, disk_mb=16, file_mb=8)
         sandbox = make_sandbox("bubblewrap", SandboxConfig(workspace=Path("workspace").absolute(), limits=limits))
+        hoard = (
+            "import ctypes, os; libc = ctypes.CDLL(None); libc.mmap.restype = ctypes.c_void_p\\n"
+            "for _ in range(40):\\n"
+            " fd = os.open('f', os.O_RDWR | os.O_CREAT); os.unlink('f'); os.write(fd, bytes(4 << 20))\\n"
+            " libc.mmap(None, ctypes.c_size_t(4 << 20), 1, 1, fd, ctypes.c_long(0)); os.close(fd)"
+        )
         def run(command, timeout=20):
             result = sandbox.exec(command, timeout=timeout)
             return result.exit_code, result.limit
@@ -223,6 +229,7 @@ def test_bubblewrap_as_an_ordinary_user() -> None:
             print(run(f"for i in 1 2 3 4; do python -c '{hog}' & done; wait"))
             print(run(["python", "-c", "x = bytearray(1 << 30)"])[0] != 0)
             print(run("bomb() { bomb | bomb & }; bomb; sleep 1; exit 6", timeout=5)[0] in (6, 137), run("echo on")[0])
+            print(run(["python", "-c", hoard]))
             print(run("for i in $(seq 2000); do head -c 1000000 /dev/urandom > f$i || exit; done"))
             print(run("rm f*"))
             print(run("echo y > /proc/sys/kernel/core_pattern")[0] != 0)
@@ -264,6 +271,7 @@ def test_bubblewrap_as_an_ordinary_user() -> None:
             "(137, 'memory')",
             "True",
             "True 0",
+            "(137, 'disk')",
             "(137, 'disk')",
             "(0, '')",
             "True",

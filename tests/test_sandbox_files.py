@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sandbox_support import as_ordinary_user
 
 from curation_env.sandbox import files
 from curation_env.sandbox.link import Capture, Pending
@@ -133,6 +134,37 @@ def test_mount_points_replace_what_was_planted(tmp_path: Path) -> None:
     os.mkfifo(root / "single")
     files.make_mount_point(root, ["single"], folder=False)
     assert (root / "single").read_bytes() == b""
+
+
+def test_restore_over_folders_without_permissions() -> None:
+    """As a user to whom they matter: root's tests do it as `nobody`."""
+
+    def restore(folder: Path) -> None:
+        root, source = folder / "root", folder / "source"
+        for path in ("closed/a/b", "kept/pool", "kept/a", "none/a"):
+            (root / path).mkdir(parents=True)
+        (root / "closed/a/b/file").touch()
+        for path, mode in (("closed/a/b", 0o500), ("closed/a", 0o400), ("closed", 0o500), ("kept", 0o500), ("none", 0)):
+            (root / path).chmod(mode)
+        root.chmod(0o500)
+        (source / "kept").mkdir(parents=True)
+        (source / "kept/file").write_text("x")
+        files.restore(source, root, keep=("kept/pool",))
+        assert sorted(str(path.relative_to(root)) for path in root.rglob("*")) == ["kept", "kept/file", "kept/pool"]
+
+    as_ordinary_user(restore)
+
+
+def test_what_is_too_deep_is_removed_without_permissions() -> None:
+    def remove(folder: Path) -> None:
+        inner = folder.joinpath(*["d"] * (files.MAX_DEPTH + 2))
+        inner.mkdir(parents=True)
+        inner.parent.chmod(0o500)
+        inner.parent.parent.chmod(0o500)
+        files.remove_deep(folder)
+        assert not inner.parent.exists()
+
+    as_ordinary_user(remove)
 
 
 def test_restore_keeps_mount_points(tmp_path: Path) -> None:

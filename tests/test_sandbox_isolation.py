@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +15,9 @@ import pytest
 from sandbox_support import ENGINES, engine, text
 
 import curation_env
-from curation_env.sandbox import Sandbox
+from curation_env.sandbox import Mount, Sandbox, SandboxConfig, SandboxUnavailable
+from curation_env.sandbox.interpreter import Interpreter
+from curation_env.sandbox.rootfs import contents
 
 REPOSITORY = Path(curation_env.__file__).resolve().parents[1]
 
@@ -78,6 +82,53 @@ def test_no_file_of_the_host(sandbox: Sandbox, tmp_path: Path) -> None:
     result = sandbox.exec("ls -d /home/* /root/.[a-z]* /mnt/* /media/* /srv/*", timeout=10)
     shown = {line for line in result.stdout.decode().split() if not sys.base_prefix.startswith(line)}
     assert shown <= {"/root/.bashrc", "/root/.profile"}
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_hidden_folders_are_empty_inside(kind: str, tmp_path: Path) -> None:
+    """Where they lie in the harness's Python, which is shown; what is mounted from them is seen all the same."""
+    planted = Path(tempfile.mkdtemp(dir=sys.prefix, prefix="planted-"))
+    try:
+        data, run = planted / "data", planted / "runs/run-1"
+        for folder in (data / "view", data / "suites", run / "workspace", planted / "runs/run-2"):
+            folder.mkdir(parents=True)
+            (folder / "file").write_text("planted")
+        mounts = (Mount(data / "view", "/workspace/pool"),)
+        (tmp_path / "link").symlink_to(planted / "runs")
+        with engine(kind, run / "workspace", mounts=mounts, hidden=(data, tmp_path / "link")) as sandbox:
+            assert text(sandbox, f"ls -A {data} {planted}/runs") == f"{data}:\n\n{planted}/runs:\n"
+            assert text(sandbox, "cat file pool/file") == "plantedplanted"
+            assert sandbox.exec(f"touch {data}/x", timeout=10).exit_code != 0
+            assert python(sandbox, "import numpy, curation; print('on')") == "on\n"
+    finally:
+        shutil.rmtree(planted)
+
+
+def test_what_cannot_be_hidden_is_refused(tmp_path: Path) -> None:
+    def covered(*hidden: Path, system: Path = tmp_path / "usr", workspace: str = "workspace") -> list[str]:
+        config = SandboxConfig(tmp_path / workspace, hidden=hidden)
+        (tmp_path / "state").mkdir(exist_ok=True)
+        masked = contents(config, tmp_path / "state", interpreter, "python", (system,)).masked
+        return [str(path.relative_to(tmp_path)) for path in masked]
+
+    app = tmp_path / "usr/src/app"
+    for folder in (app / "venv/bin", app / "data/suites", tmp_path / "workspace/x"):
+        folder.mkdir(parents=True)
+    interpreter = Interpreter(app / "venv/bin/python", (), (), (app / "venv/lib",), (app / "venv", tmp_path / "usr"))
+    assert covered(app / "data", app / "data/suites") == ["usr/src/app/data", "usr/src/app/venv/lib"]
+    assert covered(app / "data", tmp_path / "workspace", system=tmp_path / "other", workspace="elsewhere") == [
+        "usr/src/app/venv/lib"
+    ]
+    for hidden, words in (
+        (app, "Python lies in it"),
+        (app / "venv", "Python lies in it"),
+        (tmp_path / "usr", "Python lies in it"),
+        (tmp_path / "workspace/x", "lies in .*workspace, which is shown"),
+    ):
+        with pytest.raises(SandboxUnavailable, match=words):
+            covered(hidden)
+    with pytest.raises(FileNotFoundError, match="absent"):
+        covered(tmp_path / "absent")
 
 
 def test_no_variable_of_the_host(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:

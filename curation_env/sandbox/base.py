@@ -68,8 +68,10 @@ class SandboxLimits:
         memory_mb: Resident memory, `/tmp` and `/dev/shm` included; the largest process over it is killed.
         cpus: Cores' worth of processor time.
         pids: Processes and threads. A fork over it fails, and everything in the sandbox is killed.
-        disk_mb: Blocks used in `/workspace`. It is watched, not reserved: a command that passes it is killed within
-            about half a second, and until the workspace is below it again commands can delete files but not write any.
+        disk_mb: Blocks used in `/workspace`, by deleted files too while a process has them open or mapped. It is
+            watched, not reserved: a command that passes it is killed within about half a second, and until the
+            workspace is below it again commands can delete files but not write any. Where no look can find what is
+            used (descriptors under way between sockets), about as much again and 64 MB can be used before the kill.
         files: Files and folders in `/workspace`, watched like `disk_mb`. Folders nested more than 100 deep break this
             limit too, and what lies deeper is deleted.
         file_mb: Size of a single file.
@@ -100,6 +102,9 @@ class SandboxConfig:
         layers: Names of tool folders `<data root>/layers/<name>`, shown read-only at `/opt/layers/<name>`, their `bin`
             first on PATH.
         gpus: Indices of NVIDIA devices to pass through.
+        hidden: Host folders that nothing inside may see, such as the data root and the runs: they are covered by empty
+            ones where they lie in what an engine shows of the host (its /usr, the harness's Python). Mounts from
+            within them are shown all the same.
     """
 
     workspace: Path
@@ -110,6 +115,7 @@ class SandboxConfig:
     label: str = ""
     layers: tuple[str, ...] = ()
     gpus: tuple[int, ...] = ()
+    hidden: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -202,9 +208,9 @@ class Sandbox(ABC):
         """Bring it up over the workspace; a no-op when it is alive, a fresh start when it died.
 
         Raises:
-            SandboxUnavailable: This engine isn't on this machine.
+            SandboxUnavailable: This engine isn't on this machine, or would have to show a folder that is to be hidden.
             SandboxError: It did not come up; `details` has the engine's words.
-            FileNotFoundError: A mount's source, a layer or the socket isn't there.
+            FileNotFoundError: A mount's source, a layer, the socket or a hidden folder isn't there.
         """
 
     @abstractmethod

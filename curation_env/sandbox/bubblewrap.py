@@ -41,6 +41,7 @@ _JOIN = 'set -e; n=$1; shift; while [ "$n" -gt 0 ]; do echo $$ >"$1"; shift; n=$
 _HOST_ETC = ("alternatives", "ld.so.cache", "ld.so.conf", "ld.so.conf.d")
 _HIDDEN_PROC = ("kcore", "kmsg", "keys", "key-users", "timer_list", "kallsyms", "kpagecount", "kpageflags", "cmdline")
 _HIDDEN_PROC_FOLDERS = ("acpi", "scsi", "fs", "driver", "sysvipc")
+_SYSTEM = tuple(Path("/", name) for name in ("usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32"))
 _DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 _NVIDIA = ("nvidiactl", "nvidia-uvm", "nvidia-uvm-tools", "nvidia-modeset")
 
@@ -83,7 +84,8 @@ class BubblewrapSandbox(SupervisedSandbox):
         StateFolder.reap()
         self._state = StateFolder()
         interpreter = harness_interpreter(host_usr=True)
-        inside = contents(self.config, self._state.path, interpreter, str(interpreter.executable))
+        python = str(interpreter.executable)
+        inside = contents(self.config, self._state.path, interpreter, python, _system_folders())
         make_mount_points(self.config.workspace, inside.mounts)
         self._cgroup = cgroup.Cgroup.create(self._state.name, self.config.limits)
 
@@ -106,7 +108,7 @@ class BubblewrapSandbox(SupervisedSandbox):
         for mount in inside.mounts:
             arguments += ["--ro-bind" if mount.read_only else "--bind", str(mount.source), mount.target]
         arguments += ["--remount-ro", "/", "--chdir", WORKSPACE]
-        command = ["bwrap", *arguments, "--", str(interpreter.executable), "-I", "-S", AGENT, str(theirs.fileno())]
+        command = ["bwrap", *arguments, "--", python, "-I", "-S", AGENT, str(theirs.fileno())]
         if self._cgroup is not None:
             entries = [str(path) for path in self._cgroup.entries]
             command = ["sh", "-c", _JOIN, "sh", str(len(entries)), *entries, *command]
@@ -161,7 +163,7 @@ class BubblewrapSandbox(SupervisedSandbox):
     def _pids(self) -> list[int]:
         if self._cgroup is not None:
             return self._cgroup.pids()
-        return agent.children_of(self._init_pid) if self._init_pid else []
+        return [self._init_pid, *agent.children_of(self._init_pid)] if self._init_pid else []
 
     def _over_limit(self) -> str:
         """Without a control group: count processes and memory by looking, about ten times a second."""
@@ -172,7 +174,7 @@ class BubblewrapSandbox(SupervisedSandbox):
             with contextlib.suppress(OSError, IndexError, ValueError):
                 pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
                 threads += len(os.listdir(f"/proc/{pid}/task"))
-        if threads + 1 >= self.config.limits.pids:  # the agent is one more
+        if threads >= self.config.limits.pids:
             return "processes"
         return "memory" if pages * os.sysconf("SC_PAGE_SIZE") > self.config.limits.memory_mb * _MB else ""
 
@@ -248,11 +250,14 @@ class BubblewrapSandbox(SupervisedSandbox):
 
 def _base_system() -> list[str]:
     """The host's /usr, and /bin, /lib and the like as the host has them."""
-    found = ["--ro-bind", "/usr", "/usr"]
-    for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
-        path = Path("/", name)
+    found = []
+    for path in _system_folders():
+        found += ["--ro-bind", str(path), str(path)]
+    for path in _SYSTEM:
         if path.is_symlink():
             found += ["--symlink", os.readlink(path), str(path)]
-        elif path.is_dir():
-            found += ["--ro-bind", str(path), str(path)]
     return found
+
+
+def _system_folders() -> tuple[Path, ...]:
+    return tuple(path for path in _SYSTEM if path.is_dir() and not path.is_symlink())

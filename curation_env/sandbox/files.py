@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -19,6 +20,9 @@ from pathlib import Path
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _PIECE = 1 << 20
+_DELETED_MAPPING = re.compile(
+    rb"^([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) [^\n]* \(deleted\)$", re.MULTILINE
+)
 MAX_DEPTH = 100
 
 
@@ -175,6 +179,7 @@ def snapshot(root: Path, dest: Path, *, max_bytes: int, max_files: int, skip: Co
 
 def restore(source: Path, root: Path, *, keep: Collection[str]) -> None:
     """Make `root` equal to the tree `source`; the relative paths in `keep` (mount points) stay."""
+    keep_own(root)
     with open_folder(root, []) as top:
         _clear(top, top, "", keep)
     for folder, folders, names in os.walk(source):
@@ -232,24 +237,74 @@ def keep_own(root: Path) -> None:
 
 
 def deleted_bytes(pids: Iterable[int], root: Path) -> int:
-    """Blocks of files that were deleted but are held open by `pids`, on the file system of `root`."""
+    """Blocks of deleted files on the file system of `root` that `pids` keep, by a descriptor or by a mapping.
+
+    What is mapped can be looked at as root only; for other users its mapped part counts.
+    """
     found: dict[int, int] = {}
     with contextlib.suppress(OSError):
         device = os.stat(root).st_dev
         for pid in pids:
             with contextlib.suppress(OSError):
-                for name in os.listdir(f"/proc/{pid}/fd"):
+                mapped = False
+                # Not only the first thread: each can have descriptors of its own, and the first can have ended.
+                for task in os.listdir(f"/proc/{pid}/task"):
                     with contextlib.suppress(OSError):
-                        info = os.stat(f"/proc/{pid}/fd/{name}")
-                        if info.st_nlink == 0 and info.st_dev == device:
-                            found[info.st_ino] = info.st_blocks * 512
+                        _add_open(found, f"/proc/{pid}/task/{task}/fd", device)
+                        mapped = mapped or _add_mapped(found, pid, task, device)
     return sum(found.values())
+
+
+def _add_open(found: dict[int, int], folder: str, device: int) -> None:
+    for name in os.listdir(folder):
+        with contextlib.suppress(OSError):
+            info = os.stat(f"{folder}/{name}")
+            if info.st_nlink == 0 and info.st_dev == device:
+                found[info.st_ino] = info.st_blocks * 512
+
+
+def _add_mapped(found: dict[int, int], pid: int, task: str, device: int) -> bool:
+    """False for a thread that has ended, whose memory is seen through the others."""
+    with open(f"/proc/{pid}/task/{task}/maps", "rb") as file:
+        maps = file.read()
+    for start, end, offset, major, minor, inode in _DELETED_MAPPING.findall(maps):
+        low, high = int(start, 16), int(end, 16)
+        try:
+            info = os.stat(f"/proc/{pid}/map_files/{low:x}-{high:x}")
+        except OSError:
+            if os.makedev(int(major, 16), int(minor, 16)) == device:
+                number = int(inode)
+                found[number] = max(found.get(number, 0), int(offset, 16) + high - low)
+        else:
+            if info.st_nlink == 0 and info.st_dev == device:
+                found[info.st_ino] = info.st_blocks * 512
+    return bool(maps)
+
+
+def written_bytes(pids: Iterable[int]) -> int:
+    """What `pids`, and the children that they have waited for, have written to disks so far, as far as it is told."""
+    total = 0
+    for pid in pids:
+        with contextlib.suppress(OSError, ValueError), open(f"/proc/{pid}/io", "rb") as file:
+            total += int(file.read().partition(b"\nwrite_bytes: ")[2].partition(b"\n")[0])
+    return total
+
+
+def free_bytes(root: Path) -> int:
+    """What is free on the file system of `root`; 0 where that isn't told."""
+    try:
+        told = os.statvfs(root)
+    except OSError:
+        return 0
+    return told.f_bfree * told.f_frsize
 
 
 def remove_deep(root: Path) -> None:
     """Remove what is nested deeper than `MAX_DEPTH`. Nothing may be running inside."""
 
     def cut(folder: int, depth: int) -> None:
+        if depth == MAX_DEPTH:
+            _make_own(folder)
         for name in os.listdir(folder):
             if not stat.S_ISDIR(os.lstat(name, dir_fd=folder).st_mode):
                 continue
@@ -285,6 +340,22 @@ def _open_own(folder: int, name: str, flags: int, bits: int) -> int:
         return os.open(name, flags, dir_fd=folder)
 
 
+def _make_own(folder: int) -> None:
+    """Let us change what is in a folder that belongs to us."""
+    mode = stat.S_IMODE(os.fstat(folder).st_mode)
+    if mode & 0o700 != 0o700:
+        os.fchmod(folder, mode | 0o700)
+
+
+def _make_own_entry(folder: int, name: str) -> None:
+    """The same for a folder by name, which moving it takes too: its `..` changes."""
+    inner = _open_own(folder, name, _FOLDER, 0o700)
+    try:
+        _make_own(inner)
+    finally:
+        os.close(inner)
+
+
 def _copy_file(folder: int, name: str, target: Path, size: int, spend_more: Callable[[int], None]) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
     fd = _open_own(folder, name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o400)
@@ -312,7 +383,7 @@ def _remove(top: int, folder: int, name: str) -> None:
     os.mkdir(heap, 0o700, dir_fd=top)
     beside = os.open(heap, _FOLDER, dir_fd=top)
     try:
-        os.close(_open_own(folder, name, _FOLDER, 0o700))
+        _make_own_entry(folder, name)
         os.rename(name, "0", src_dir_fd=folder, dst_dir_fd=beside)
         todo = [0]
         number = 0
@@ -323,7 +394,7 @@ def _remove(top: int, folder: int, name: str) -> None:
                 for child in os.listdir(inner):
                     if stat.S_ISDIR(os.lstat(child, dir_fd=inner).st_mode):
                         number += 1
-                        os.close(_open_own(inner, child, _FOLDER, 0o700))
+                        _make_own_entry(inner, child)
                         os.rename(child, str(number), src_dir_fd=inner, dst_dir_fd=beside)
                         todo.append(number)
                     else:
@@ -344,6 +415,7 @@ def _clear(top: int, folder: int, prefix: str, keep: Collection[str]) -> None:
         if any(kept.startswith(path + "/") for kept in keep) and stat.S_ISDIR(os.lstat(name, dir_fd=folder).st_mode):
             inner = _open_own(folder, name, _FOLDER, 0o700)
             try:
+                _make_own(inner)
                 _clear(top, inner, path + "/", keep)
             finally:
                 os.close(inner)

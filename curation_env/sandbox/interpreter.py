@@ -20,12 +20,14 @@ _SHARED_PREFIXES = ("/usr", "/usr/local")
 
 @dataclass(frozen=True)
 class Interpreter:
-    """`folders` and `files` are mounted read-only at their own paths; `masked` ones among their contents are hidden."""
+    """`folders` and `files` are mounted read-only at their own paths; `masked` ones among their contents are hidden.
+    `prefixes` is where Python lies, whether mounted so or in what is shown anyway."""
 
     executable: Path
     folders: tuple[Path, ...]
     files: tuple[Path, ...]
     masked: tuple[Path, ...]
+    prefixes: tuple[Path, ...]
 
 
 @cache
@@ -40,12 +42,12 @@ def harness_interpreter(*, host_usr: bool) -> Interpreter:
         folders += [Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")]
         folders += [Path(p) for p in sys.path if p.endswith(("site-packages", "dist-packages"))]
         files.append(executable.resolve())
-    folders = _outermost([p for p in folders if p.is_dir()])
+    folders = outermost([p for p in folders if p.is_dir()])
     if host_usr:
-        folders = [p for p in folders if not _is_below(p, Path("/usr"))]
+        folders = [p for p in folders if not is_below(p, Path("/usr"))]
     shown = folders + ([Path("/usr")] if host_usr else [])
-    masked = [p for p in _own_files() if any(_is_below(p, folder) for folder in shown)]
-    return Interpreter(executable, tuple(folders), tuple(files), tuple(sorted(masked)))
+    masked = [p for p in _own_files() if any(is_below(p, folder) for folder in shown)]
+    return Interpreter(executable, tuple(folders), tuple(files), tuple(sorted(masked)), tuple(sorted(prefixes)))
 
 
 def _own_files() -> list[Path]:
@@ -54,7 +56,7 @@ def _own_files() -> list[Path]:
     found = [package]
     repository = package.parent
     if (repository / "setup.cfg").exists():  # an editable install: every top-level folder of the source tree
-        found += [p for p in repository.iterdir() if not _is_below(Path(sys.prefix), p)]
+        found += [p for p in repository.iterdir() if not is_below(Path(sys.prefix), p)]
     dashed = PACKAGE.replace("_", "-")
     sites = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     sites |= {p for p in sys.path if p.endswith(("site-packages", "dist-packages"))}
@@ -67,10 +69,12 @@ def _own_files() -> list[Path]:
     return found
 
 
-def _is_below(path: Path, folder: Path) -> bool:
+def is_below(path: Path, folder: Path) -> bool:
+    """Whether `path` is `folder` or in it."""
     return path == folder or folder in path.parents
 
 
-def _outermost(folders: list[Path]) -> list[Path]:
+def outermost(folders: list[Path]) -> list[Path]:
+    """Those that are in no other, once each."""
     unique = sorted(set(folders))
-    return [p for p in unique if not any(p != other and _is_below(p, other) for other in unique)]
+    return [p for p in unique if not any(p != other and is_below(p, other) for other in unique)]

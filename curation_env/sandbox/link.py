@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import fcntl
 import json
 import os
@@ -94,6 +95,12 @@ class AgentLink:
         process = AgentProcess(self, host_control, host_stdin, host_stdout, host_stderr, sink, limit)
         self.processes.add(process)
         return process
+
+    def break_off(self) -> None:
+        """Ends the sandbox under whoever uses it, from any thread: they are told that it died."""
+        self._dead = True
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Ends the sandbox: its first process leaves when this connection goes."""

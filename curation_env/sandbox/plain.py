@@ -91,4 +91,4 @@ class PlainSandbox(SupervisedSandbox):
         return super()._start_command(command, env, cwd, sink)
 
     def _pids(self) -> list[int]:
-        return agent.children_of(self._process.pid) if self._process is not None else []
+        return [self._process.pid, *agent.children_of(self._process.pid)] if self._process is not None else []

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from curation_env.assets import data_root
 from curation_env.sandbox import cgroup, files
-from curation_env.sandbox.base import LAYERS, SOCKET, TOOLS, WORKSPACE, Mount, SandboxConfig
+from curation_env.sandbox.base import LAYERS, SOCKET, TOOLS, WORKSPACE, Mount, SandboxConfig, SandboxUnavailable
 from curation_env.sandbox.hosted import below_workspace
-from curation_env.sandbox.interpreter import Interpreter
+from curation_env.sandbox.interpreter import Interpreter, is_below, outermost
 
 AGENT = f"{TOOLS}/agent.py"
 _HERE = Path(__file__).resolve().parent
@@ -74,11 +74,15 @@ class StateFolder:
         return len(found)
 
 
-def contents(config: SandboxConfig, state: Path, interpreter: Interpreter | None, python: str) -> Contents:
-    """What `config` asks for. `interpreter` is None where the base system has its own `python`.
+def contents(
+    config: SandboxConfig, state: Path, interpreter: Interpreter | None, python: str, system: tuple[Path, ...] = ()
+) -> Contents:
+    """What `config` asks for. `interpreter` is None where the base system has its own `python`; `system` are the
+    folders of the host that the engine shows at their own paths besides.
 
     Raises:
-        FileNotFoundError: A mount's source, a layer or the socket is missing.
+        FileNotFoundError: A mount's source, a layer, the socket or a hidden folder is missing.
+        SandboxUnavailable: A hidden folder can't be hidden.
     """
     write_launchers(state / "bin", python)
     with contextlib.suppress(OSError):  # so that the module starts fast; a read-only install has its bytecode already
@@ -125,8 +129,33 @@ def contents(config: SandboxConfig, state: Path, interpreter: Interpreter | None
         **({"CURATION_SOCKET": SOCKET} if config.socket is not None else {}),
         **config.env,
     }
-    masked = interpreter.masked if interpreter else ()
-    return Contents(tuple(python_mounts), masked, tuple(mounts), env)
+    masked = outermost([*(interpreter.masked if interpreter else ()), *_covers(config, interpreter, system)])
+    return Contents(tuple(python_mounts), tuple(masked), tuple(mounts), env)
+
+
+def _covers(config: SandboxConfig, interpreter: Interpreter | None, system: tuple[Path, ...]) -> list[Path]:
+    """Where the hidden folders would be seen in what is shown of the host."""
+    shown = [*system, *(interpreter.folders if interpreter else ())]
+    needed = [interpreter.executable.parent, *interpreter.prefixes] if interpreter else []
+    found = []
+    for hidden in config.hidden:
+        real = hidden.resolve(strict=True)
+        for mount in (Mount(config.workspace, "/-"), *config.mounts):
+            if is_below(real, mount.source.resolve()):
+                raise SandboxUnavailable(
+                    f"{hidden} must stay hidden, but lies in {mount.source}, which is shown inside"
+                )
+        for folder in shown:
+            real_folder = folder.resolve()
+            if not is_below(real, real_folder):
+                continue
+            if real == real_folder or any(is_below(path.resolve(), real) for path in needed):
+                raise SandboxUnavailable(
+                    f"{hidden} must stay hidden, but the harness's Python lies in it and is shown: put the data "
+                    "root (CURATION_ENV_DATA) and the runs (run_dir) elsewhere"
+                )
+            found.append(folder / real.relative_to(real_folder))
+    return found
 
 
 def write_launchers(folder: Path, python: str) -> None:

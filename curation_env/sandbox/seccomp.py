@@ -2,7 +2,8 @@
 
 Calls that reach kernel parts which namespaces don't separate (keyrings, BPF, performance counters, io_uring, mounts,
 modules) fail with EPERM, and so do sockets of families other than Unix, IP and netlink (a VM's vsock would otherwise be
-a way out of a sandbox without network).
+a way out of a sandbox without network). Reserving disk without writing to it fails as on a file system that can't
+(programs then write zeros): the watch over the workspace tells by what was written who used the disk up.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ _DENIED = {
     "syslog": (103, 116),
     "quotactl": (179, 60),
 }
+_UNSUPPORTED = {"fallocate": (285, 47)}
 _SOCKET = (41, 198)
 _FAMILIES = (1, 2, 10, 16)  # AF_UNIX, AF_INET, AF_INET6, AF_NETLINK
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH
@@ -75,6 +77,8 @@ def program() -> bytes:
     ]
     for numbers in _DENIED.values():
         code += [(_JEQ, 0, 1, numbers[column]), (_RET, 0, 0, deny)]
+    for numbers in _UNSUPPORTED.values():
+        code += [(_JEQ, 0, 1, numbers[column]), (_RET, 0, 0, _ERRNO | errno.EOPNOTSUPP)]
     code += [(_JEQ, 1, 0, _SOCKET[column]), (_RET, 0, 0, _ALLOW), (_LOAD, 0, 0, _ARG0)]
     for family in _FAMILIES:
         code += [(_JEQ, 0, 1, family), (_RET, 0, 0, _ALLOW)]

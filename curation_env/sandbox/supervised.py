@@ -77,12 +77,18 @@ class SupervisedSandbox(HostedFiles):
         self.config.workspace.mkdir(parents=True, exist_ok=True)
         try:
             self._link, self._env = self._launch()
+            self._frozen = False
+            self._forks_seen = 0
+            self._watch = Watch(
+                self.config,
+                other=self._over_limit,
+                enforce=self._enforce,
+                pids=self._pids,
+                give_up=self._link.break_off,
+            )
         except BaseException:
-            self._teardown()
+            self.stop()
             raise
-        self._frozen = False
-        self._forks_seen = 0
-        self._watch = Watch(self.config, other=self._over_limit, enforce=self._enforce, pids=self._pids)
 
     def exec(
         self,

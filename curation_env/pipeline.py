@@ -114,6 +114,7 @@ class Pipeline:
         self.executor = executor
         self.judge = judge
         self.device = device
+        self.data_root = data_root
         self._cache = data_root / "results" if cache else None
         self._signals = data_root / "signals" / f"{assets.pool.name}--{task.student}"
         self.pool = Pool.open(assets.pool)

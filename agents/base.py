@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from curation_env.actions import policy
 from curation_env.envs.base import CurationEnv
 from curation_env.errors import CurationError
 from curation_env.host import HostBackend
+from curation_env.journal import plain
 
 #: Journal events of this loop, beside the environment's own.
 STARTED, ENDED = "agent_started", "agent_ended"
@@ -283,17 +283,6 @@ def _short(action: Any) -> str:
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 
-def plain(value: Any) -> Any:
-    """An action, observation or info as the journal keeps it: JSON, NaN as null."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray | np.generic):
-        value = value.tolist()
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def from_plain(space: spaces.Space[Any], value: Any) -> Any:
     """The observation that the journal's JSON stands for."""
     if isinstance(space, spaces.Dict):
@@ -309,4 +298,4 @@ def _info(recorded: Mapping[str, Any]) -> dict[str, Any]:
     return dict(recorded)
 
 
-__all__ = ["Agent", "AgentDiverged", "EpisodeResult", "Saves", "Step", "has_ended", "run_episode"]
+__all__ = ["Agent", "AgentDiverged", "EpisodeResult", "Saves", "Step", "has_ended", "plain", "run_episode"]

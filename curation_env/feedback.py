@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from curation_env.errors import InfrastructureError
+from curation_env.pool import canonical_json
 from curation_env.task import Task
 
 if TYPE_CHECKING:
@@ -19,6 +22,37 @@ if TYPE_CHECKING:
 def shown_part(task: Task) -> str:
     """The part of the items whose scores the agent sees."""
     return "feedback" if task.feedback == "split" else "all"
+
+
+def shown_scores(task: Task, scores: Mapping[str, Any]) -> dict[str, Any]:
+    """Scores (`Scores.to_json()`) less the parts that the agent does not see, from which the sealed ones follow."""
+    part = shown_part(task)
+    tables = {name: {part: scores[name][part]} for name in ("parts", "stderr", "n_items") if part in scores[name]}
+    return {**tables, "categories": scores["categories"]}
+
+
+def shown_files(task: Task, files: Mapping[str, bytes]) -> tuple[dict[str, bytes], dict[str, str]]:
+    """An outcome's files without what is sealed, and the sealed lines of its predictions by file."""
+    shown, sealed = dict(files), {}
+    for name, data in files.items():
+        kind = name.rpartition("/")[2]
+        if kind == "scores.json":
+            shown[name] = (canonical_json(shown_scores(task, json.loads(data))) + "\n").encode()
+        elif kind == "predictions.jsonl":
+            lines = [(_is_shown(task, json.loads(line)), line) for line in _lines(data)]
+            shown[name] = "".join(f"{line}\n" for seen, line in lines if seen).encode()
+            if kept := "".join(f"{line}\n" for seen, line in lines if not seen):
+                sealed[name] = kept
+    return shown, sealed
+
+
+def _lines(data: bytes) -> list[str]:
+    # Not `splitlines`: a prediction may hold U+2028, which ends no line of JSON.
+    return [line for line in data.decode().split("\n") if line]
+
+
+def _is_shown(task: Task, item: Mapping[str, Any]) -> bool:
+    return shown_part(task) in ("all", item["part"])
 
 
 def gain_recovered(task: Task, average: float, base: float) -> float | None:
@@ -82,17 +116,26 @@ class FeedbackFolder:
         path.mkdir(exist_ok=True)
 
     def write(self, task: Task, history: Sequence[Iteration], outcome: Outcome | None = None) -> None:
-        """Write what the agent may see; the detail is the task's (`scores`, `categories`, `items`)."""
+        """Write what the agent may see; the detail is the task's (`scores`, `categories`, `items`).
+
+        Raises:
+            InfrastructureError: The folder can't be written.
+        """
+        try:
+            self._write(task, history, outcome)
+        except OSError as error:
+            raise InfrastructureError(f"{self.path} can't be written: {error.strerror}") from error
+
+    def _write(self, task: Task, history: Sequence[Iteration], outcome: Outcome | None) -> None:
+        if outcome is not None:
+            entry = history[-1]
+            record = visible(entry)
+            if task.detail in ("categories", "items"):
+                record["categories"] = _categories(task, outcome)
+            self._put(f"iteration-{entry.number:03d}.json", record)
+            if task.detail == "items":
+                self._put(f"items-{entry.number:03d}.json", _items(task, outcome))
         self._put("history.json", [visible(entry) for entry in history])
-        if outcome is None:
-            return
-        entry = history[-1]
-        record = visible(entry)
-        if task.detail in ("categories", "items"):
-            record["categories"] = outcome.scores.categories
-        self._put(f"iteration-{entry.number:03d}.json", record)
-        if task.detail == "items":
-            self._put(f"items-{entry.number:03d}.json", _items(outcome))
 
     def _put(self, name: str, value: Any) -> None:
         scratch = self.path / f".{name}.{os.getpid()}"
@@ -100,18 +143,44 @@ class FeedbackFolder:
         scratch.rename(self.path / name)
 
 
-def _items(outcome: Outcome) -> list[dict[str, Any]]:
-    """The student's own outputs on feedback items: never a question, an image or a reference."""
-    seed = next(iter(outcome.per_seed))
-    items = []
-    for line in outcome.files[f"seed-{seed}/predictions.jsonl"].decode().splitlines():
+def item_name(benchmark: str, index: Any) -> str:
+    """What an item is called where an agent may see it."""
+    return hashlib.blake2b(f"{benchmark}/{index}".encode(), digest_size=8).hexdigest()
+
+
+def _shown_items(task: Task, outcome: Outcome, seed: int) -> Iterator[dict[str, Any]]:
+    for line in _lines(outcome.files[f"seed-{seed}/predictions.jsonl"]):
         item = json.loads(line)
-        if item["part"] != "feedback":
-            continue
-        name = f"{item['benchmark']}/{item['index']}"
+        if _is_shown(task, item):
+            yield item
+
+
+def _categories(task: Task, outcome: Outcome) -> Mapping[str, Mapping[str, float]]:
+    """Percent by benchmark and category, on the items that the agent sees.
+
+    The evaluation's own figures, by each benchmark's rule, are on the feedback items; where all items are shown it is
+    the mean of the items' scores.
+    """
+    if task.feedback == "split":
+        return outcome.scores.categories
+    scores: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in task.benchmarks}
+    for seed in outcome.per_seed:
+        for item in _shown_items(task, outcome, seed):
+            if item["category"]:
+                scores[item["benchmark"]][item["category"]].append(float(item["score"]))
+    return {
+        name: {category: 100.0 * sum(values) / len(values) for category, values in sorted(table.items())}
+        for name, table in scores.items()
+    }
+
+
+def _items(task: Task, outcome: Outcome) -> list[dict[str, Any]]:
+    """The student's own outputs on the items that the agent sees: never a question, an image or a reference."""
+    items = []
+    for item in _shown_items(task, outcome, next(iter(outcome.per_seed))):
         items.append(
             {
-                "item": hashlib.blake2b(name.encode(), digest_size=8).hexdigest(),
+                "item": item_name(item["benchmark"], item["index"]),
                 "benchmark": item["benchmark"],
                 "category": item["category"],
                 "output": item["prediction"],

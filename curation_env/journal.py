@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from curation_env.errors import InfrastructureError
+
+#: What the journal keeps of an action that was refused: it may hold anything, itself too.
+TEXT_CHARS = 1_000_000
+CUT_CHARS = 1_000
+DEPTH = 16
+ITEMS = 100_000
 
 
 class LedgerError(InfrastructureError):
@@ -40,7 +49,7 @@ class Lines:
         Raises:
             LedgerError: It could not be written; the file is as it was.
         """
-        line = (json.dumps(_plain(record), allow_nan=False, ensure_ascii=False) + "\n").encode(errors="replace")
+        line = (json.dumps(finite(record), allow_nan=False, ensure_ascii=False) + "\n").encode(errors="replace")
         try:
             new = not self.path.exists()
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
@@ -95,15 +104,68 @@ class Lines:
             os.fsync(stream.fileno())
 
 
-def _plain(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The value with NaN and infinities as None: a journal that any JSON reader can read."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [finite(item) for item in value]
     return value
+
+
+def plain(value: Any) -> Any:
+    """An action, observation or info as the journal keeps it: JSON, and equal for equal values in any process.
+
+    Numpy values become JSON's, NaN and infinities None, lone surrogates their escapes, integers beyond 64 bits hex.
+    What only a refused action holds is cut short: texts of more than `TEXT_CHARS`, nesting deeper than `DEPTH`,
+    everything after `ITEMS` items. An object that JSON has no word for is named by its type.
+    """
+    left = [ITEMS]
+
+    def convert(item: Any, depth: int) -> Any:
+        left[0] -= 1
+        if left[0] < 0 or depth > DEPTH:
+            return "..."
+        if isinstance(item, Mapping):
+            return {_key(convert(key, depth + 1)): convert(inner, depth + 1) for key, inner in _first(item, left[0])}
+        if isinstance(item, np.ndarray):
+            return convert(item.tolist(), depth) if item.size <= left[0] else f"<array of shape {item.shape}>"
+        if isinstance(item, list | tuple):
+            return [convert(inner, depth + 1) for inner in item[: left[0] + 1]]
+        return _scalar(item)
+
+    return convert(value, 0)
+
+
+def _first(mapping: Mapping[Any, Any], count: int) -> Iterator[tuple[Any, Any]]:
+    return itertools.islice(mapping.items(), max(count, 0))
+
+
+def _key(key: Any) -> str:
+    return key if isinstance(key, str) else str(key)
+
+
+def _scalar(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        return int(value) if abs(value) < 1 << 63 else _cut(hex(value))
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, str):
+        return _cut(value[: TEXT_CHARS + 1].encode(errors="backslashreplace").decode(), len(value))
+    if isinstance(value, bytes | bytearray):
+        return repr(bytes(value[:CUT_CHARS]))
+    return f"<{type(value).__module__}.{type(value).__qualname__}>"
+
+
+def _cut(text: str, length: int | None = None) -> str:
+    length = len(text) if length is None else length
+    return text if max(length, len(text)) <= TEXT_CHARS else f"{text[:CUT_CHARS]}... ({length:,} characters)"
 
 
 def sync_folder(folder: Path) -> None:

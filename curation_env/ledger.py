@@ -3,7 +3,8 @@
     run folder/
       journal.jsonl     one event a line: {"seq", "time", "kind", ...}, fsynced
       journal.torn      what a crash left half written, if it ever did
-      sealed.jsonl      the sealed items' scores, an iteration a line; they leave only through `unseal`, which counts
+      sealed.jsonl      the sealed items' scores and predictions, an iteration a line: nowhere else in the run folder,
+                        they leave only through `unseal`, which counts; the commit holds each line's digest
       trajectory.git    one commit an iteration, by content alone: the same run gives the same commits on any host
       lock              held while a process writes; it dies with its holder
 
@@ -15,6 +16,7 @@ again and, with the same content, finds its commit.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import threading
 import time
@@ -25,12 +27,15 @@ from types import TracebackType
 from typing import Any
 
 from curation_env.errors import RunLocked
-from curation_env.journal import LedgerError, Lines, read_events
+from curation_env.journal import LedgerError, Lines, finite, read_events
+from curation_env.pool import canonical_json
 from curation_env.trajectory import Commit, Trajectory, clean_message
 
 __all__ = ["Commit", "Ledger", "LedgerError", "read_events"]
 
 LOCK_SECONDS = 2.0
+#: The file of a commit that binds it to its sealed scores: what `seal` returned.
+SEALED_DIGEST = "sealed.sha256"
 
 
 class Ledger:
@@ -96,7 +101,7 @@ class Ledger:
 
         Args:
             iteration: Larger than the last one's. The last one again, with the same content, changes nothing; another
-                content takes its place where it stems from an earlier process, which died before its step was over.
+                content takes its place where its step was never over: its process died, or it `failed`.
             files: The commit's tree, by relative path of letters, digits, `_`, `-`, `.` and `/`. Nothing in it may tell
                 time, host or place, or the same run would not give the same commits.
             message: One line or more.
@@ -127,6 +132,10 @@ class Ledger:
             self._note_commits(self._commits[-1:])
             return sha
 
+    def failed(self) -> None:
+        """The step that made the last commit was not recorded: played again, it may record another content."""
+        self._own_commits.clear()
+
     def commits(self) -> list[Commit]:
         """The trajectory, oldest first."""
         return list(self._commits)
@@ -136,21 +145,50 @@ class Ledger:
         self._open()
         return self._trajectory.files(commit)
 
-    def seal(self, iteration: int, scores: Mapping[str, Any]) -> None:
+    def seal(self, iteration: int, scores: Mapping[str, Any], predictions: Mapping[str, str] | None = None) -> str:
         """Put an iteration's sealed scores away; the last ones of an iteration count.
+
+        Args:
+            iteration: Its number.
+            scores: Plain JSON.
+            predictions: Sealed items' predictions, JSON lines by the name of the file that they were taken from.
+
+        Returns:
+            A digest, for the commit's file `SEALED_DIGEST`: `unseal` holds the one against the other.
 
         Raises:
             LedgerError: They could not be written.
         """
+        record = {"iteration": iteration, "scores": dict(scores), "predictions": dict(predictions or {})}
         with self._threads:
             self._open()
-            self._sealed.append({"iteration": iteration, "scores": dict(scores)})
+            self._sealed.append(record)
+        return _digest(record)
 
     def unseal(self) -> list[dict[str, Any]]:
-        """Open the sealed scores: `{"iteration", "scores"}` an iteration. Each opening is an event, and stays one."""
+        """Open the sealed scores: `{"iteration", "scores", "predictions"}` an iteration.
+
+        Each opening is an event, and stays one.
+
+        Raises:
+            LedgerError: Those that a commit was made with are not there: the file was changed.
+        """
         self.event("unseal", opening=self.openings() + 1)
-        latest = {record["iteration"]: record for record in self._sealed.read()}
-        return [latest[iteration] for iteration in sorted(latest)]
+        records = self._sealed.read()
+        chosen = {record["iteration"]: record for record in records}
+        by_digest = {_digest(record): record for record in records}
+        for commit in self._commits:
+            bound = self.files(commit.sha).get(SEALED_DIGEST)
+            if bound is None:
+                continue
+            record = by_digest.get(bound.decode().strip())
+            if record is None or record["iteration"] != commit.iteration:
+                raise LedgerError(
+                    f"{self._sealed.path} lacks the scores that iteration {commit.iteration} was committed with"
+                    f" ({commit.sha[:12]}): restore the file from a copy"
+                )
+            chosen[commit.iteration] = record
+        return [chosen[iteration] for iteration in sorted(chosen)]
 
     def openings(self) -> int:
         """How often the sealed scores were opened."""
@@ -187,6 +225,10 @@ class Ledger:
         for commit in commits:
             if written.get(commit.iteration) != commit.sha:
                 self.event("commit", iteration=commit.iteration, commit=commit.sha)
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(finite(record)).encode()).hexdigest()  # as the file gives it back
 
 
 def _take_lock(path: Path) -> int:

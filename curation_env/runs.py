@@ -30,6 +30,12 @@ class Run:
         return self.state.finished
 
     @property
+    def sandboxes(self) -> list[str]:
+        """The engines that the agent's commands ran in, in order; "none" means without any isolation."""
+        started = [event for event in self.events if event["kind"] in ("episode_started", "episode_resumed")]
+        return list(dict.fromkeys(event["sandbox"] for event in started if "sandbox" in event))
+
+    @property
     def nominee(self) -> int:
         return self.state.best if self.state.nominee is None else self.state.nominee
 
@@ -62,3 +68,9 @@ def read_run(path: str | Path) -> Run:
     if started is None or not states:
         raise NoSuchRun(f"the run at {folder} has scored nothing yet")
     return Run(folder, Task.model_validate(started["task"]), State.from_json(states[-1]), events)
+
+
+def recorded_task(folder: Path) -> Task | None:
+    """The task that an episode was started with, None when it was cut before that was recorded."""
+    started = [event for event in read_events(folder) if event["kind"] == "episode_started"]
+    return Task.model_validate(started[-1]["task"]) if started else None

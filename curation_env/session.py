@@ -19,6 +19,9 @@ Messages (`curation_env/workspace/client.py` has the framing):
 A ticket's state is {ticket, state: waiting | running | done} with position, progress, result and note where there are
 any. Everything that comes in is bounded: a request has `READ_SECONDS` to arrive, `MAX_CONNECTIONS` are served at a
 time, one large body is held at a time. What is malformed is answered; nothing that a client sends ends the session.
+
+Where the host itself fails, the client gets a fixed text, and `take_failure` tells whoever owns the episode: what the
+agent made of such an answer is not its doing.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from curation_env.errors import AgentError, CurationError, InvalidAction, LimitExceeded
+from curation_env.errors import AgentError, CurationError, InfrastructureError, InvalidAction, LimitExceeded
 from curation_env.submission import IDS_FILE, REWRITES_FILE, read_submission
 from curation_env.tickets import Tickets
 from curation_env.workspace.client import CHECK_BYTES, HEADER_BYTES, POLICY_BYTES, PROTOCOL
@@ -55,11 +58,13 @@ WAIT_SECONDS = 10.0
 STOP_SECONDS = 10.0
 SMALL_BODY = 65_536
 FOLDER_PREFIX = "curation-session-"
+HOST_FAILED = "the host could not answer this request; it is not your doing, and nothing is charged for it"
 PATH_BYTES = 107  # sun_path of a Unix socket, less its final NUL
 
 
 class SessionBackend(Protocol):
-    """What the environment answers. Results are plain JSON; a `CurationError` is answered with its message and code.
+    """What the environment answers. Results are plain JSON; an `AgentError` or `LimitExceeded` is answered with its
+    message and code, any other error is the host's.
 
     The methods are called from the session's threads while the environment may be in `step`; each of them by one
     thread at a time, so that `task` is answered while a `check` waits for its turn.
@@ -120,6 +125,7 @@ class Session(Tickets):
         self._lock = threading.Lock()
         self._slots = threading.Semaphore(MAX_CONNECTIONS)
         self._large_body = threading.Lock()
+        self._failure: CurationError | None = None
         self._calls = {name: threading.Lock() for name in ("task", "history", "signal", "check", "card")}
 
     def start(self) -> Session:
@@ -167,6 +173,12 @@ class Session(Tickets):
         if self._own_folder is not None:
             shutil.rmtree(self._own_folder, ignore_errors=True)
 
+    def take_failure(self) -> CurationError | None:
+        """The first error of the host's since the last call, None if every request could be answered."""
+        with self._lock:
+            failure, self._failure = self._failure, None
+            return failure
+
     def __enter__(self) -> Session:
         return self.start()
 
@@ -210,12 +222,17 @@ class Session(Tickets):
     def _handle(self, connection: socket.socket) -> bytes:
         try:
             return self._answer(_Reader(connection))
-        except CurationError as error:
+        except (AgentError, LimitExceeded) as error:
             return _failure(error.code, str(error))
         except TimeoutError:
             return _failure("timeout", f"the request took over {READ_SECONDS:g} s to arrive")
-        except Exception:
+        except CurationError as error:
             # The agent gets no inner detail; the host's log has it.
+            log.exception("a request could not be answered")
+            with self._lock:
+                self._failure = self._failure or error
+            return _failure(InfrastructureError.code, HOST_FAILED)
+        except Exception:
             log.exception("a request could not be answered")
             return _failure("internal", "the host could not answer this request")
 
@@ -231,7 +248,11 @@ class Session(Tickets):
                 if not self._large_body.acquire(timeout=READ_SECONDS):
                     return _failure("busy", "another large request is being read")
                 held.callback(self._large_body.release)
-            result, payload = message.answer(header, [reader.exactly(size) for size in sizes])
+            body = [reader.exactly(size) for size in sizes]
+            try:
+                result, payload = message.answer(header, body)
+            except (OSError, MemoryError) as error:  # a full disk, say
+                raise InfrastructureError(f"a request of type {kind} could not be answered: {error!r}") from error
         answer = {"ok": True, "result": result}
         if payload:
             answer["body"] = [len(payload)]

@@ -57,6 +57,7 @@ class Tickets:
         self._records: dict[str, _Record] = {}
         self._changed = threading.Condition()
         self._closed = False
+        self._over = ""
 
     def submit(self, policy: bytes, again: bool = False) -> dict[str, Any]:
         """Queue a policy and return its ticket's state; bytes that have a ticket keep it.
@@ -68,7 +69,7 @@ class Tickets:
 
         Raises:
             InvalidAction: Empty, too large or not UTF-8.
-            LimitExceeded: `MAX_WAITING` tickets wait already.
+            LimitExceeded: `MAX_WAITING` tickets wait already, or no more are played (`end`).
         """
         if not policy.strip() or len(policy) > POLICY_BYTES:
             raise InvalidAction(f"a policy is a script of 1 to {POLICY_BYTES:,} bytes, not {len(policy):,}")
@@ -83,6 +84,8 @@ class Tickets:
                 count += 1
                 name = f"{first}-{count}"
             if name not in self._records:
+                if self._over:
+                    raise LimitExceeded(self._over)
                 if len(self._waiting()) >= MAX_WAITING:
                     raise LimitExceeded(f"{MAX_WAITING} submitted policies wait already: wait for one of them first")
                 self._records[name] = _Record(source)
@@ -105,6 +108,27 @@ class Tickets:
         """The tickets that wait, the oldest first."""
         with self._changed:
             return [Ticket(name, self._records[name].policy) for name in self._waiting()]
+
+    def put_back(self, ticket: Ticket) -> None:
+        """Have a ticket that was taken wait again, before all others: it could not be played to its end."""
+        with self._changed:
+            self._records.pop(ticket.name, None)
+            self._records = {ticket.name: _Record(ticket.policy), **self._records}
+            self._changed.notify_all()
+
+    def restore(self, ticket: Ticket) -> None:
+        """Have a ticket of an episode's earlier life wait, after all others, under its old name."""
+        with self._changed:
+            self._records[ticket.name] = _Record(ticket.policy)
+            self._changed.notify_all()
+
+    def end(self, reason: str) -> None:
+        """Answer every ticket that waits with an error and take no more: no policy is played from now on."""
+        with self._changed:
+            self._over = reason
+            waiting = self._waiting()
+        for name in waiting:
+            self.resolve(name, {"status": "error", "error": LimitExceeded.code, "message": reason})
 
     def update(self, name: str, progress: Mapping[str, Any]) -> None:
         """Show waiters how far a running ticket is: plain JSON, such as a stage's progress line."""

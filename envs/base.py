@@ -92,7 +92,8 @@ class CurationEnv(gym.Env[dict[str, Any], dict[str, Any]], EzPickle):
     | commit, submission | hash of the trajectory's commit; digest of what was trained on |
     | n_rows, n_supervised_tokens | size of the submission |
     | audit/<kind> | findings of the audit by kind (warnings too) |
-    | curation_seconds | signals so far, at their recorded prices; sandbox seconds are in `usage` and the journal |
+    | curation_seconds | recorded prices of the signals read so far: the part of curation compute that is equal in \
+equal episodes; `remaining`, `usage` and limits add the measured seconds of commands and policies |
     | error | code of the agent's error, see `curation_env.errors` |
 
     Args:

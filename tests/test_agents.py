@@ -309,11 +309,11 @@ def test_an_agent_that_changed_does_not_resume(nano, tmp_path):
     cut = tmp_path / "cut"
     play_and_die(cut, "from curation_env.agents.baseline import BaselineAgent\nmake = BaselineAgent", steps=1)
     with pytest.raises(AgentDiverged, match="step 1: the agent did not repeat"):
-        play(nano(run_dir=cut), BaselineAgent(["source_balanced"]), seed=3, resume=True)
+        play(nano(run_dir=cut, iterations=2), BaselineAgent(["source_balanced"]), seed=3, resume=True)
     with pytest.raises(AgentDiverged, match="agent 'search', seed 3 can't resume a run of 'baseline'"):
-        play(nano(run_dir=cut), SearchAgent(), seed=3, resume=True)
+        play(nano(run_dir=cut, iterations=2), SearchAgent(), seed=3, resume=True)
     with pytest.raises(AgentDiverged, match="seed 4"):
-        play(nano(run_dir=cut), BaselineAgent(), seed=4, resume=True)
+        play(nano(run_dir=cut, iterations=2), BaselineAgent(), seed=4, resume=True)
 
 
 def test_replay_gets_the_recorded_scores(nano):

@@ -13,10 +13,12 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from curation_env.errors import RunLocked
-from curation_env.ledger import Ledger, LedgerError, read_events
+from curation_env.journal import plain
+from curation_env.ledger import SEALED_DIGEST, Ledger, LedgerError, read_events
 
 FILES = {
     "policy.py": b"print(1)\n",
@@ -142,11 +144,72 @@ def test_sealed_scores_are_counted_when_opened(tmp_path: Path) -> None:
         ledger.seal(1, {"A": 2.0})
         ledger.seal(1, {"A": 3.0})  # sealed again after a crash between seal and commit
         assert ledger.openings() == 0
-        assert ledger.unseal() == [{"iteration": 0, "scores": {"A": 1.0}}, {"iteration": 1, "scores": {"A": 3.0}}]
+        assert [(record["iteration"], record["scores"]) for record in ledger.unseal()] == [
+            (0, {"A": 1.0}),
+            (1, {"A": 3.0}),
+        ]
     with Ledger(tmp_path) as ledger:
         ledger.unseal()
         assert ledger.openings() == 2
         assert [event["opening"] for event in ledger.events("unseal")] == [1, 2]
+
+
+def test_a_commit_is_bound_to_its_sealed_scores(tmp_path: Path) -> None:
+    with Ledger(tmp_path) as ledger:
+        digest = ledger.seal(0, {"A": float("nan")}, {"predictions.jsonl": '{"score": 0.5}\n'})
+        ledger.commit(0, {SEALED_DIGEST: f"{digest}\n".encode()}, "base")
+        ledger.seal(0, {"A": 9.0})  # by a process that was killed before it committed
+        assert ledger.unseal() == [
+            {"iteration": 0, "scores": {"A": None}, "predictions": {"predictions.jsonl": '{"score": 0.5}\n'}}
+        ]
+    sealed = tmp_path / "sealed.jsonl"
+    sealed.write_text(sealed.read_text().replace("0.5", "0.6"))
+    with Ledger(tmp_path) as ledger:
+        with pytest.raises(LedgerError, match="lacks the scores that iteration 0 was committed with"):
+            ledger.unseal()
+        assert ledger.openings() == 2
+
+
+def test_a_step_that_failed_may_commit_another_content(tmp_path: Path) -> None:
+    with Ledger(tmp_path) as ledger:
+        ledger.commit(0, {}, "base")
+        ledger.commit(1, FILES, "one")
+        ledger.failed()
+        other = ledger.commit(1, {"policy.py": b"other"}, "one")
+        assert [commit.iteration for commit in ledger.commits()] == [0, 1]
+        assert ledger.files(other) == {"policy.py": b"other"}
+
+
+def test_anything_can_be_journaled(tmp_path: Path) -> None:
+    endless: list[object] = []
+    endless += [endless, endless]
+    action = {
+        "tool": float("inf"),
+        7: np.float32("nan"),
+        "text": "x" * 5_000_000,
+        "surrogate": "a\ud800",
+        "number": 10**6000,
+        "array": np.arange(4).reshape(2, 2),
+        "bytes": b"\xff" * 9999,
+        "object": object(),
+        "endless": endless,
+    }
+    kept = plain(action)
+    with Ledger(tmp_path) as ledger:
+        ledger.event("step", action=kept)
+        assert ledger.events("step")[0]["action"] == kept == plain(action)
+    assert kept.pop("number").startswith("0x")
+    assert len(kept.pop("bytes")) < 5000
+    kept.pop("endless")
+    assert kept == {
+        "tool": None,
+        "7": None,
+        "text": "x" * 1000 + "... (5,000,000 characters)",
+        "surrogate": "a\\ud800",
+        "array": [[0, 1], [2, 3]],
+        "object": "<builtins.object>",
+    }
+    assert (tmp_path / "journal.jsonl").stat().st_size < 2_000_000
 
 
 def test_a_torn_last_line_is_put_aside(tmp_path: Path) -> None:
@@ -243,7 +306,9 @@ def test_kills_at_any_moment_lose_nothing(tmp_path: Path) -> None:
     assert start_writer(run).wait(60) == 0
     with Ledger(run) as ledger:
         assert [commit.sha for commit in ledger.commits()] == expected
-        assert ledger.unseal() == [{"iteration": k, "scores": {"A": k}} for k in range(10)]
+        assert [(record["iteration"], record["scores"]) for record in ledger.unseal()] == [
+            (k, {"A": k}) for k in range(10)
+        ]
 
 
 def test_a_full_disk_is_an_error_and_loses_nothing(tmp_path: Path) -> None:

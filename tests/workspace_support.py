@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 import curation_env.workspace
-from curation_env.errors import CurationError, InvalidSubmission, LimitExceeded
+from curation_env.errors import InvalidAction, InvalidSubmission, LimitExceeded
 from curation_env.pool import write_rows
 
 PACKAGE = Path(curation_env.workspace.__file__).parent
@@ -65,7 +65,7 @@ class Host:
         if name == "broken":
             raise RuntimeError("/secret/path of the host")
         if name != "loss":
-            raise CurationError(f"no signal {name!r}; there is loss")
+            raise InvalidAction(f"no signal {name!r}; there is loss")
         self.signals_charged += 1
         values = np.arange(len(self.ids), dtype=np.float32)
         values[0] = np.nan

@@ -6,11 +6,9 @@ import contextlib
 import os
 import queue
 import select
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from curation_env.errors import CurationError, OutOfMemory, StageFailed, StageTimeout, WorkerDied, by_code
-from curation_env.worker import OUT_OF_MEMORY_EXIT, read_message, write_message
+from curation_env.scratch import Scratch
+from curation_env.worker import OUT_OF_MEMORY_EXIT, frame, unframe
 
 Progress = Callable[[dict[str, Any]], None]
 LOG_TAIL = 4000
@@ -27,7 +26,7 @@ START_SECONDS = 180.0
 
 
 class Stage(NamedTuple):
-    """A unit of work: `name` in train, evaluate, signal; `payload` is JSON data with paths as strings."""
+    """A unit of work: `name` in train, evaluate, signal, device; `payload` is JSON data with paths as strings."""
 
     name: str
     payload: dict[str, Any]
@@ -73,8 +72,9 @@ class LocalExecutor:
 
     def __init__(self, threads: int = 1) -> None:
         self._threads = threads
-        self._folder: Path | None = None
+        self._scratch: Scratch | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._pipes: Pipes | None = None
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -120,8 +120,8 @@ class LocalExecutor:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
         self._release()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if self._scratch is not None:
+            self._scratch.close()
 
     def __enter__(self) -> LocalExecutor:
         return self
@@ -131,8 +131,8 @@ class LocalExecutor:
 
     def _spawn(self) -> None:
         self._release()
-        if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="curation-worker-"))
+        if self._scratch is None:
+            self._scratch = Scratch()
         threads = str(self._threads)
         environment = os.environ | {
             "OMP_NUM_THREADS": threads,
@@ -150,15 +150,16 @@ class LocalExecutor:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            bufsize=0,  # what `select` sees is then all there is
+            bufsize=0,  # what `poll` sees is then all there is
             env=environment,
             start_new_session=True,
         )
+        self._pipes = Pipes(self._process)
 
     @property
     def _log(self) -> Path:
-        assert self._folder is not None
-        return self._folder / "worker.log"
+        assert self._scratch is not None
+        return self._scratch.path / "worker.log"
 
     def _release(self) -> None:
         if self._process is not None:
@@ -184,21 +185,20 @@ class LocalExecutor:
                 raise WorkerDied("the executor was closed before the stage ran")
             if self._process is None or self._process.poll() is not None:
                 self._spawn()
-            process = self._process
+            process, pipes = self._process, self._pipes
         assert process is not None
-        assert process.stdin is not None
-        assert process.stdout is not None
+        assert pipes is not None
         name, resources = job.stage.name, job.resources
         deadline = self._deadline(resources, 0.0 if self._ready else START_SECONDS)
-        request = {"stage": name, "payload": job.stage.payload, "memory_mb": resources.memory_mb}
-        with contextlib.suppress(BrokenPipeError):
-            write_message(process.stdin, request)
+        pipes.send({"stage": name, "payload": job.stage.payload, "memory_mb": resources.memory_mb})
         while True:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if not select.select([process.stdout], [], [], left)[0]:
+            try:
+                message = pipes.receive(deadline)
+                if message is not None and "progress" in message and _past(deadline):
+                    raise TimeoutError  # it works, without end
+            except TimeoutError:
                 _kill(process)
-                raise StageTimeout(f"{name} took longer than {resources.timeout:g} s", details=self._tail())
-            message = read_message(process.stdout)
+                raise StageTimeout(f"{name} took longer than {resources.timeout:g} s", details=self._tail()) from None
             if message is None:
                 raise self._death(process, name)
             if "ready" in message:
@@ -236,6 +236,61 @@ class LocalExecutor:
         else:
             reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         return WorkerDied(f"the worker died during {name}: {reason}", details=self._tail())
+
+
+class Pipes:
+    """The two pipes of a worker, written and read without ever waiting past a deadline: it may stop anywhere, also in
+    the middle of a message, and then neither takes nor gives another byte.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._in, self._out = process.stdin.fileno(), process.stdout.fileno()
+        self._unsent: memoryview = memoryview(b"")
+        self._received = bytearray()
+        for descriptor in (self._in, self._out):
+            os.set_blocking(descriptor, False)
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Queue a message; it is written while `receive` waits for the answer."""
+        self._unsent = memoryview(frame(message))
+
+    def receive(self, deadline: float | None) -> dict[str, Any] | None:
+        """Return the next message; None when the worker has closed its end.
+
+        Raises:
+            TimeoutError: There is no whole message at `deadline` (of `time.monotonic`).
+        """
+        while (message := unframe(self._received)) is None:
+            poller = select.poll()
+            poller.register(self._out, select.POLLIN)
+            if self._unsent:
+                poller.register(self._in, select.POLLOUT)
+            left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
+            ready = dict(poller.poll(left))
+            if not ready:
+                raise TimeoutError
+            if self._in in ready:
+                self._write()
+            if self._out in ready:
+                part = os.read(self._out, 1 << 20)
+                if not part:
+                    return None
+                self._received += part
+        return message
+
+    def _write(self) -> None:
+        try:
+            self._unsent = self._unsent[os.write(self._in, self._unsent[: 1 << 20]) :]
+        except BlockingIOError:
+            pass
+        except BrokenPipeError:  # it is dead: its other pipe says so
+            self._unsent = memoryview(b"")
+
+
+def _past(deadline: float | None) -> bool:
+    return deadline is not None and time.monotonic() > deadline
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

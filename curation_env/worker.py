@@ -31,7 +31,7 @@ from curation_env.errors import CurationError, OutOfMemory, StageFailed
 Progress = Callable[[dict[str, Any]], None]
 MAX_MESSAGE = 1 << 30
 OUT_OF_MEMORY_EXIT = 77
-MEMORY_SIGNS = ("t allocate memory", "out of memory", "not enough memory", "std::bad_alloc")
+MEMORY_SIGNS = ("t allocate memory", "out of memory", "not enough memory", "std::bad_alloc", "can't start new thread")
 
 
 def read_message(stream: IO[bytes]) -> dict[str, Any] | None:
@@ -57,10 +57,33 @@ def _read(stream: IO[bytes], size: int) -> bytes | None:
     return b"".join(parts)
 
 
+def frame(message: dict[str, Any]) -> bytes:
+    """One message as it goes over a pipe."""
+    body = json.dumps(message).encode()
+    return struct.pack(">I", len(body)) + body
+
+
+def unframe(received: bytearray) -> dict[str, Any] | None:
+    """Take the first message off what was received; None while it is not whole.
+
+    Raises:
+        ValueError: It is longer than any message.
+    """
+    if len(received) < 4:
+        return None
+    (length,) = struct.unpack_from(">I", received)
+    if length > MAX_MESSAGE:
+        raise ValueError(f"a message of {length} bytes")
+    if len(received) < 4 + length:
+        return None
+    message = json.loads(received[4 : 4 + length])
+    del received[: 4 + length]
+    return message
+
+
 def write_message(stream: IO[bytes], message: dict[str, Any]) -> None:
     """Write one message and flush it."""
-    body = json.dumps(message).encode()
-    left = memoryview(struct.pack(">I", len(body)) + body)
+    left = memoryview(frame(message))
     while left:
         left = left[stream.write(left) :]
     stream.flush()
@@ -91,7 +114,19 @@ def run_stage(name: str, payload: dict[str, Any], on_progress: Progress) -> dict
         from curation_env.training.signals import signal_stage
 
         return signal_stage(**{**payload, "recipe": Recipe.model_validate(payload["recipe"])}, on_progress=on_progress)
+    if name == "device":
+        return place_of(payload["device"])
     raise StageFailed(f"there is no stage {name!r}")
+
+
+def place_of(device: str) -> dict[str, str]:
+    """What a stage on `device` ("cpu", "cuda" or "auto") computes on: `type`, and `name`, the model of a GPU."""
+    import torch
+
+    from curation_env.training.model import resolve_device
+
+    place = resolve_device(device)
+    return {"type": place.type, "name": torch.cuda.get_device_name(place) if place.type == "cuda" else ""}
 
 
 def as_curation_error(error: BaseException) -> CurationError:

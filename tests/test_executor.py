@@ -29,7 +29,7 @@ from curation_env.errors import (
     UnsupervisedRow,
     WorkerDied,
 )
-from curation_env.executor import LocalExecutor, Resources, Stage
+from curation_env.executor import LocalExecutor, Pipes, Resources, Stage
 from curation_env.mini.judge import MODEL, serve
 from curation_env.pool import Pool
 from curation_env.training.recipe import Recipe
@@ -183,6 +183,36 @@ def test_a_time_out_kills_the_worker(executor: LocalExecutor, assets: tuple[Path
         future.result()
     assert events
     assert executor.pid is None
+
+
+def test_a_stopped_worker_that_reads_nothing_is_timed_out(
+    executor: LocalExecutor, assets: tuple[Path, Path], tmp_path: Path
+) -> None:
+    executor.submit(stage(assets, tmp_path)).result()
+    pid = executor.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    large = stage(assets, tmp_path, rewrites={"none": [{"user": "q" * 1_000_000, "assistant": "a"}]})  # no pipe's worth
+    with pytest.raises(StageTimeout):
+        executor.submit(large, Resources(timeout=0.3)).result(timeout=20)
+    assert not alive(pid)
+
+
+def test_a_message_that_stops_half_way_is_not_waited_for() -> None:
+    script = "import sys, time; sys.stdout.write('\\0\\0\\0\\5{}'); sys.stdout.flush(); time.sleep(60)"
+    process = subprocess.Popen(
+        [sys.executable, "-S", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+    )
+    try:
+        with pytest.raises(TimeoutError):
+            Pipes(process).receive(time.monotonic() + 0.5)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_worker_says_what_it_computes_on(executor: LocalExecutor) -> None:
+    assert executor.submit(Stage("device", {"device": "cpu"})).result() == {"type": "cpu", "name": ""}
 
 
 def test_memory_is_limited_and_its_end_is_out_of_memory(

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -85,18 +86,55 @@ def locate(task: Task, root: Path) -> Assets:
 def prepared(task: Task, root: Path, on_progress: Progress | None = None) -> Assets:
     """The assets of a task, ready for use; what the miniature lacks is made (seconds), the rest must be there.
 
+    A pool of the miniature that another generator made, and a view that was made of another pool or suite or by other
+    rules, are made again.
+
     Raises:
         MissingAssets: Lists every missing path and the command that prepares it.
         TaskMismatch: An asset is not the one that the task pins; names the library that differs.
     """
     assets = locate(task, root)
-    if not all(there for _, there in assets.state().values()):
+    there = all(there for _, there in assets.state().values())
+    if not (there and pool_fits(task, assets) and view_fits(task, assets)):
         if task.family != "mini":
             raise MissingAssets(describe_missing(task, assets))
         with _lock(root / ".prepare.lock"):
             _make_miniature(task, assets, on_progress or (lambda _: None))
     _check_pins(task, assets)
     return assets
+
+
+def pool_fits(task: Task, assets: Assets) -> bool:
+    """Whether the pool is whole and of the world as today's generator draws it."""
+    from curation_env.mini.world import GENERATOR, WorldSpec
+
+    assert isinstance(task.pool.world, int)
+    meta = _read_json(assets.pool / "meta.json")
+    drawn = (GENERATOR, WorldSpec.draw(task.pool.world).hash)
+    return (meta.get("generator"), meta.get("world_hash")) == drawn and (assets.pool / "truth.parquet").is_file()
+
+
+def view_fits(task: Task, assets: Assets) -> bool:
+    """Whether the agent's view, and the audit index under it, are of this pool and this suite by the task's rules."""
+    from curation_env.audit.index import FORMAT
+    from curation_env.audit.items import suite_digest, suite_files
+    from curation_env.audit.rules import as_rules
+
+    pool, view, index = (_read_json(f / "meta.json") for f in (assets.pool, assets.view, assets.index))
+    if not pool or pool.get("hash") != view.get("hash") or index.get("format") != FORMAT:
+        return False
+    made_of = (index.get("pool"), index.get("suite"), index.get("rules"))
+    suite = suite_digest(suite_files(task.suite_config, assets.suite))
+    return made_of == (pool["hash"], suite, as_rules(task.audit_config).model_dump(mode="json"))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A `meta.json`; empty where there is none or it was cut off."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def describe_missing(task: Task, assets: Assets) -> str:
@@ -119,21 +157,37 @@ def _make_miniature(task: Task, assets: Assets, on_progress: Progress) -> None:
 
     scale = SCALES[task.pool.scale]
     assert isinstance(task.pool.world, int)
+    _clear_partial(assets)
     report("suite", 0)
     if not (assets.suite / "split.json").is_file():
         assets.suite.parent.mkdir(parents=True, exist_ok=True)
         build_suite(assets.suite, scale)
         write_split(assets.suite, task.suite_config)
     report("pool", 1)
-    if not (assets.pool / "meta.json").is_file():
+    if not pool_fits(task, assets):
         assets.pool.parent.mkdir(parents=True, exist_ok=True)
+        if assets.pool.exists():  # moved first: a folder that is half removed must not pass for a pool
+            outdated = assets.pool.with_name(f".{assets.pool.name}.{os.getpid()}.outdated.partial")
+            assets.pool.rename(outdated)
+            shutil.rmtree(outdated, ignore_errors=True)
         build_pool(task.pool.world, assets.pool, scale)
     report("audit", 2)
-    if not (assets.view / "meta.json").is_file():
+    if not view_fits(task, assets):
         pool = Pool.open(assets.pool)
         index = build_index(pool, assets.suite, task.suite_config, task.audit_config, assets.index)
         write_view(pool, index, assets.view)
     report("done", 3)
+
+
+def _clear_partial(assets: Assets) -> None:
+    """Remove what a killed preparation left; whoever prepares holds the lock, so nobody is at work in there."""
+    left = [*assets.pool.parent.glob(".*.partial"), *assets.view.parent.glob("*/.*.partial")]
+    left += [*assets.view.parent.glob("*/.rows.*.arrow")]
+    for path in left:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _check_pins(task: Task, assets: Assets) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import time
 from pathlib import Path
 
@@ -10,9 +11,11 @@ from audit_support import BLOCK_ALL, SUITE, blank, chatter, encoded, make_pool, 
 
 from curation_env.audit.gate import Certificate, audit
 from curation_env.audit.index import AuditIndex, build_index
+from curation_env.audit.items import read_items, suite_digest, suite_files
 from curation_env.audit.rules import AuditRules
 from curation_env.audit.view import write_view
 from curation_env.errors import CurationError, MissingAssets, TaskMismatch
+from curation_env.evaluation import suite as evaluation
 from curation_env.pool import Pool
 from curation_env.submission import Submission
 
@@ -22,7 +25,7 @@ ASKED = "Who repaired the broken compass of the glacier expedition in the final 
 ITEMS = {
     "BenchOpen": [
         {"index": "7", "image": encoded(picture(1)), "question": QUESTION, "answer": ANSWER},
-        {"index": "8", "image": "none", "question": "Describe the image.", "answer": "yes"},
+        {"index": "8", "image": "", "question": "Describe the image.", "answer": "yes"},
         {"index": "9", "image": blank(0), "question": "What is it?", "answer": "black"},
     ],
     "BenchChoice": [
@@ -174,6 +177,27 @@ def test_an_index_of_another_pool_is_refused(index: AuditIndex, tmp_path: Path) 
     other = make_pool(tmp_path / "other", chatter(3, seed=5))
     with pytest.raises(TaskMismatch, match="another pool"):
         audit(Submission.of(other.ids), index, other)
+
+
+def test_an_index_of_another_suite_is_refused(pool: Pool, index: AuditIndex, suite: Path, tmp_path: Path) -> None:
+    ids = pool.ids[:3]
+    own = suite_digest(suite_files(SUITE, suite))
+    assert audit(Submission.of(ids), index, pool, suite=own).passed
+    other = write_suite(tmp_path / "other", {**ITEMS, "BenchOpen": ITEMS["BenchOpen"][:2]})
+    with pytest.raises(TaskMismatch, match="another suite"):
+        audit(Submission.of(ids), index, pool, suite=suite_digest(suite_files(SUITE, other)))
+
+
+def test_items_are_what_the_evaluation_asks(tmp_path: Path) -> None:
+    """One reader: an option behind H, or one that reads as missing there, is not another item here."""
+    columns = "index\timage\tquestion\tA\tB\tI\tanswer"
+    shown = base64.b64encode(encoded(picture(1))).decode()
+    (tmp_path / "B.tsv").write_text(f"{columns}\n1\t{shown}\tWhich one?\tNone\ttwo\tnine\tI\n")
+    [item] = read_items({"benchmarks": {"B": {"file": "B.tsv"}}}, tmp_path)
+    [asked] = evaluation.read_items(tmp_path / "B.tsv", "B")
+    assert item.images == asked.images
+    assert item.text.with_options == ("which", "one", "two", "nine")
+    assert item.text.answer == ("nine",)
 
 
 def test_errors_say_what_to_do(pool: Pool, suite: Path, tmp_path: Path) -> None:

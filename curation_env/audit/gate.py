@@ -84,7 +84,13 @@ class Certificate(_Record):
         return f"{len(self.rejected):,} rows overlap with the evaluation: {shown}{more}. To pass, {remedy}."
 
 
-def audit(submission: Submission, index: AuditIndex, pool: Pool, rules: AuditRules | None = None) -> Certificate:
+def audit(
+    submission: Submission,
+    index: AuditIndex,
+    pool: Pool,
+    rules: AuditRules | None = None,
+    suite: str | None = None,
+) -> Certificate:
     """Audit a validated submission.
 
     Args:
@@ -92,14 +98,17 @@ def audit(submission: Submission, index: AuditIndex, pool: Pool, rules: AuditRul
         index: The pool's index against the suite.
         pool: The pool, or the agent's view of it.
         rules: Rules to hold the submission to; those of the index when left out.
+        suite: Digest of the items that are evaluated (`audit.items.suite_digest`); those of the index when left out.
 
     Raises:
-        TaskMismatch: The index was built for another pool, or with other rules.
+        TaskMismatch: The index was built for another pool or suite, or with other rules.
     """
     if index.meta["pool"] != pool.hash:
         raise TaskMismatch(f"the audit index {index.path} is of another pool than {pool.path}: prepare the task again")
     if rules is not None and rules.digest != index.rules.digest:
         raise TaskMismatch(f"the audit index {index.path} was built with other rules: prepare the task again")
+    if suite is not None and suite != index.meta["suite"]:
+        raise TaskMismatch(f"the audit index {index.path} is of another suite: prepare the task again")
     findings: list[Finding] = []
     for id_ in submission.counts:
         if id_ in submission.rewrites:

@@ -1,22 +1,16 @@
-"""The items of a suite as the audit needs them: texts and images out of VLMEvalKit's TSV files."""
+"""The items of a suite as the audit needs them: their texts and images, as the evaluation reads them."""
 
 from __future__ import annotations
 
-import ast
-import base64
-import binascii
-import csv
 import hashlib
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from curation_env.audit.text import ItemText, words
 from curation_env.errors import MissingAssets
-
-_LETTERS = "ABCDEFGH"
+from curation_env.evaluation import suite as evaluation
 
 
 @dataclass(frozen=True)
@@ -43,14 +37,17 @@ def suite_files(suite: Mapping[str, Any], folder: Path) -> dict[str, Path]:
 
 
 def read_items(suite: Mapping[str, Any], folder: Path) -> list[Item]:
-    """Read every item of every benchmark, feedback and sealed alike."""
+    """Read every item of every benchmark, feedback and sealed alike.
+
+    Raises:
+        MissingAssets: A benchmark's file is not there.
+        StageFailed: A file is malformed: the evaluation would refuse it as well.
+    """
     found: list[Item] = []
     for benchmark, path in suite_files(suite, folder).items():
-        rows = list(_rows(path))
-        images = {row["index"]: row.get("image") or "" for row in rows}
-        for row in rows:
+        for item in evaluation.read_items(path, benchmark):
             number = len(found)
-            found.append(Item(number, benchmark, row["index"], _text(number, row), _images(row.get("image"), images)))
+            found.append(Item(number, benchmark, item.index, _text(number, item), item.images))
     return found
 
 
@@ -62,28 +59,7 @@ def suite_digest(files: Mapping[str, Path]) -> str:
     return hasher.hexdigest()
 
 
-def _rows(path: Path) -> Iterator[dict[str, str]]:
-    csv.field_size_limit(sys.maxsize)
-    with open(path, newline="", encoding="utf-8") as stream:
-        yield from csv.DictReader(stream, delimiter="\t")
-
-
-def _text(number: int, row: Mapping[str, str]) -> ItemText:
-    options = {letter: row[letter] for letter in _LETTERS if row.get(letter)}
-    question, answer = row["question"], row.get("answer") or ""
-    with_options = "\n".join([question, *options.values()])
-    return ItemText(number, words(question), words(with_options), words(options.get(answer.strip(), answer)))
-
-
-def _images(cell: str | None, by_index: Mapping[str, str]) -> tuple[bytes, ...]:
-    """Decode an image cell: base64, a list of such, or the index of the row that holds the image."""
-    if not cell:
-        return ()
-    if cell.startswith("["):
-        return tuple(data for part in ast.literal_eval(cell) for data in _images(part, by_index))
-    if len(cell) <= 64 and by_index.get(cell, cell) != cell:
-        return _images(by_index[cell], {})
-    try:
-        return (base64.b64decode(cell, validate=True),)
-    except binascii.Error:
-        return ()  # "none" and the like: an item without an image
+def _text(number: int, item: evaluation.Item) -> ItemText:
+    with_options = "\n".join([item.question, *item.options.values()])
+    answer = item.options.get(item.answer.strip(), item.answer)
+    return ItemText(number, words(item.question), words(with_options), words(answer))

@@ -31,6 +31,7 @@ def write_view(pool: Pool, index: AuditIndex, path: str | Path) -> int:
 
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
+    (path / "meta.json").unlink(missing_ok=True)  # a view that is half replaced is none
     kept = np.array([id_ not in index.blocked for id_ in pool.ids])
     stream, scratch = path / f".rows.{os.getpid()}.arrow", path / f".rows.{os.getpid()}.partial"
     shutil.rmtree(scratch, ignore_errors=True)
@@ -44,5 +45,7 @@ def write_view(pool: Pool, index: AuditIndex, path: str | Path) -> int:
     scratch.rename(path / "rows")
     np.save(path / "image_digests.npy", pool.image_digests[kept])
     meta = {**pool.meta, "rows": int(kept.sum()), "rows_of_pool": len(pool)}
-    (path / "meta.json").write_text(json.dumps(meta, indent=1, sort_keys=True))
+    text = path / f".meta.{os.getpid()}.partial"
+    text.write_text(json.dumps(meta, indent=1, sort_keys=True))
+    text.rename(path / "meta.json")
     return int(kept.sum())

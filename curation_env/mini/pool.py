@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -210,7 +212,7 @@ def pool_key(world: int, scale: Scale = MINI) -> str:
 
 
 def build_pool(world: int | WorldSpec, path: str | Path, scale: Scale = MINI) -> str:
-    """Write the pool of a world and its `truth.parquet`; return the pool's hash.
+    """Write the pool of a world and its `truth.parquet`, as a whole or not at all; return the pool's hash.
 
     `truth.parquet` (id, skill, fault, leak_of, leak_kind, duplicate_of; in pool order) is for tests and calibration
     alone.
@@ -234,8 +236,11 @@ def build_pool(world: int | WorldSpec, path: str | Path, scale: Scale = MINI) ->
             }
 
     meta = {"generator": GENERATOR, "world": spec.seed, "world_hash": spec.hash, "libraries": libraries()}
-    digest = write_pool(path, records(), key=pool_key(spec.seed, scale), meta=meta)
-    ids = Pool.open(path).ids
+    path = Path(path)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.whole.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    digest = write_pool(scratch, records(), key=pool_key(spec.seed, scale), meta=meta)
+    ids = Pool.open(scratch).ids
     place = {id(row): k for k, row in enumerate(rows)}
     truth = {
         "id": ids,
@@ -245,5 +250,11 @@ def build_pool(world: int | WorldSpec, path: str | Path, scale: Scale = MINI) ->
         "leak_kind": [r.leak_kind for r in rows],
         "duplicate_of": [ids[place[id(r.original)]] if r.original is not None else "" for r in rows],
     }
-    pq.write_table(pa.table(truth), Path(path) / "truth.parquet")
+    pq.write_table(pa.table(truth), scratch / "truth.parquet")
+    try:
+        scratch.rename(path)
+    except OSError:  # another process was faster: its pool is the same, or the hash check of the task will say so
+        shutil.rmtree(scratch, ignore_errors=True)
+        if not (path / "meta.json").is_file():
+            raise
     return digest

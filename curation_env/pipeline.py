@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import importlib.metadata
+import io
 import json
-import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -18,20 +19,39 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from curation_env.assets import Assets
+from curation_env.cache import Cache
 from curation_env.errors import CurationError, RejectedSubmission, StageFailed
 from curation_env.pool import Pool, canonical_json
+from curation_env.scratch import Scratch
 from curation_env.submission import Submission, Validated, validate
-from curation_env.task import Task
+from curation_env.task import Task, student_hash
 
 if TYPE_CHECKING:
     from curation_env.audit.gate import Certificate
     from curation_env.audit.index import AuditIndex
-    from curation_env.executor import Executor
+    from curation_env.executor import Executor, Resources
     from curation_env.judge import Judge
 
 Progress = Callable[[dict[str, Any]], None]
 #: Parts of a suite's items: what the agent sees, what only the host's ledger gets, and both.
 PARTS = ("feedback", "sealed", "all")
+#: Rises when equal submissions would get other scores, errors or files from then on: earlier results are then made
+#: again. What a task's hash covers (recipe, suite, student) has its own versions.
+SCORING_VERSION = 2
+#: Libraries whose versions may move the last bits of a score.
+_LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "pillow")
+
+# What a stage may take. These limits end one that hangs or eats the machine, never one that is slow: the miniature's
+# stages need under a hundredth of the time on one idle core.
+STAGE_SECONDS = 600.0  # whatever its size: files, models, a judge that is asked to wait
+SECONDS_PER_ROW = {
+    "train": 0.5,  # of a row in an epoch
+    "evaluate": 1.0,  # of an item (its `cost` in the suite)
+    "signal": 0.1,  # of a row of the pool
+    "device": 0.0,
+}
+#: Private memory on top of the warm worker's, on a CPU. None on a GPU, whose driver maps far more than it uses.
+MEMORY_MB = 4096
 
 
 @dataclass(frozen=True)
@@ -40,7 +60,8 @@ class Scores:
 
     Attributes:
         parts: Percent of each benchmark, for each part of the items ("feedback", "sealed", "all").
-        stderr: Standard error, in points, of each part's mean, from the spread over items.
+        stderr: Standard error, in points, of each part's mean. Of one run: the jackknife over groups of items
+            (`evaluation.run`), items being what is drawn. Of several training seeds: see `mean_scores`.
         categories: Percent by benchmark and category on the feedback items.
         n_items: Items of each benchmark in each part.
     """
@@ -96,6 +117,7 @@ class Pipeline:
         data_root: Where results and signals are cached.
         device: "cpu", "cuda" or "auto".
         cache: Whether earlier results of equal submissions are taken.
+        limits: What a stage may take, by its name, where it is not what its size gives.
     """
 
     def __init__(
@@ -108,6 +130,7 @@ class Pipeline:
         data_root: Path,
         device: str = "auto",
         cache: bool = True,
+        limits: Mapping[str, Resources] | None = None,
     ) -> None:
         self.task = task
         self.assets = assets
@@ -115,8 +138,9 @@ class Pipeline:
         self.judge = judge
         self.device = device
         self.data_root = data_root
-        self._cache = data_root / "results" if cache else None
-        self._signals = data_root / "signals" / f"{assets.pool.name}--{task.student}"
+        self._results = Cache(data_root / "results") if cache else None
+        self._signals = Cache(data_root / "signals")
+        self._limits = limits or {}
         self.pool = Pool.open(assets.pool)
         self.view = Pool.open(assets.view)
         self._index: AuditIndex | None = None
@@ -130,6 +154,13 @@ class Pipeline:
 
             self._index = AuditIndex.open(self.assets.index)
         return self._index
+
+    @functools.cached_property
+    def _suite_digest(self) -> str:
+        """Which items are evaluated: the audit must have been made against these."""
+        from curation_env.audit.items import suite_digest, suite_files
+
+        return suite_digest(suite_files(self.task.suite_config, self.assets.suite))
 
     def base(self, on_progress: Progress | None = None) -> Outcome:
         """Score the init itself: iteration 0."""
@@ -147,7 +178,7 @@ class Pipeline:
         from curation_env.audit.gate import audit
 
         valid = validate(submission, self.view, self.task.budget)
-        return valid, audit(submission, self.index, self.pool)
+        return valid, audit(submission, self.index, self.pool, suite=self._suite_digest)
 
     def score(self, submission: Submission, on_progress: Progress | None = None) -> Outcome:
         """Take a submission through the whole path.
@@ -163,7 +194,7 @@ class Pipeline:
         with _timed(seconds, "audit"):
             from curation_env.audit.gate import audit
 
-            certificate = audit(submission, self.index, self.pool)
+            certificate = audit(submission, self.index, self.pool, suite=self._suite_digest)
         if not certificate.passed:
             raise RejectedSubmission(certificate.reason)
         files = {"certificate.json": (certificate.canonical() + "\n").encode()}
@@ -203,23 +234,61 @@ class Pipeline:
         Returns:
             float32 of shape (rows of the view,), and seconds: the price is the same when the values were cached.
         """
-        values, record = self._signals / f"{name}.npy", self._signals / f"{name}.json"
-        if not record.is_file():
-            self._signals.mkdir(parents=True, exist_ok=True)
-            scratch = self._signals / f".{name}.{os.getpid()}.npy"
-            payload = {
-                "name": name,
-                "init": str(self.assets.student),
-                "recipe": self.task.recipe_config,
-                "pool": str(self.assets.pool),
-                "device": self.device,
-                "out": str(scratch),
-            }
-            result = self._run("signal", payload, on_progress)
-            scratch.rename(values)
-            _write_atomic(record, canonical_json({"price": round(float(result["price"]), 1)}).encode())
-        price = float(json.loads(record.read_text())["price"])
-        return np.load(values)[self._view_positions()], price
+        key = f"{self.assets.pool.name}--{self.task.student}-{self._signal_key}/{name}"
+        found = _read_signal(files := self._signals.read(key), len(self.pool))
+        if found is None:
+            if files:
+                self._signals.discard(key)
+            with Scratch() as scratch:
+                out = scratch.path / "values.npy"
+                payload = {
+                    "name": name,
+                    "init": str(self.assets.student),
+                    "recipe": self.task.recipe_config,
+                    "pool": str(self.assets.pool),
+                    "device": self.device,
+                    "out": str(out),
+                }
+                result = self._run("signal", lambda: payload, len(self.pool), on_progress)
+                record = canonical_json({"price": round(float(result["price"]), 1)}).encode()
+                files = {"values.npy": out.read_bytes(), "record.json": record}
+            self._signals.write(key, files)
+            found = _read_signal(files, len(self.pool))
+            if found is None:
+                raise StageFailed(f"signal {name} does not have one value for each of the pool's rows")
+        values, price = found
+        return values[self._view_positions()], price
+
+    @functools.cached_property
+    def device_class(self) -> str:
+        """What kind of processor scores are comparable on: the processor's model, or that of the GPU that is used."""
+        place = {"type": "cpu", "name": ""}
+        # Whether a GPU is used, only the worker can tell: this process never imports torch. Without a driver's file
+        # there is none, and nobody has to wait for the worker.
+        if self.device != "cpu" and (self.device != "auto" or _drivers()):
+            place = self._run("device", lambda: {"device": self.device}, 0, None)
+        digest = hashlib.blake2b((place["name"] or _processor()).encode(), digest_size=4)
+        return f"{place['type']}-{digest.hexdigest()}"
+
+    @functools.cached_property
+    def _engine(self) -> dict[str, Any]:
+        """What moves scores and signals beside the task: code, libraries, processor, the files themselves."""
+        return {
+            "version": SCORING_VERSION,
+            "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
+            "device": self.device_class,
+            "pool": self.pool.hash,
+        }
+
+    @functools.cached_property
+    def _result_key(self) -> str:
+        engine = _short({**self._engine, "suite": self._suite_digest})
+        return f"v{SCORING_VERSION}-{engine}/{self.task.hash[:32]}"
+
+    @functools.cached_property
+    def _signal_key(self) -> str:
+        made_by = {"student": student_hash(self.task.student), "recipe": self.task.recipe_config}
+        return _short({**self._engine, **made_by})
 
     def _view_positions(self) -> np.ndarray:
         if self._kept is None:
@@ -240,66 +309,83 @@ class Pipeline:
             "device": self.device,
             "out": str(out),
         }
+        rows = len(submission.ids) * self.task.recipe_config["epochs"]
         with _timed(seconds, "train"):
-            result = self._run("train", payload, on_progress)
+            result = self._run("train", lambda: payload, rows, on_progress)
         trained = Path(result["checkpoint"])
         if trained != out / "checkpoint":
             trained.rename(out / "checkpoint")
 
     def _evaluate(self, checkpoint: Path, out: Path, on_progress: Progress | None) -> None:
         suite = self.task.suite_config
-        payload = {
-            "checkpoint": str(checkpoint),
-            "recipe": self.task.recipe_config,
-            "suite": suite,
-            "suite_dir": str(self.assets.suite),
-            "judge": self.judge.endpoint(suite) if self.judge is not None else None,
-            "device": self.device,
-            "out": str(out),
-        }
-        result = self._run("evaluate", payload, on_progress)
-        scores = _checked_scores(result, self.task, read_predictions(out))
+
+        def payload() -> dict[str, Any]:
+            return {
+                "checkpoint": str(checkpoint),
+                "recipe": self.task.recipe_config,
+                "suite": suite,
+                "suite_dir": str(self.assets.suite),
+                "judge": self.judge.endpoint(suite) if self.judge is not None else None,
+                "device": self.device,
+                "out": str(out),
+            }
+
+        items = sum(benchmark["cost"] for benchmark in suite["benchmarks"].values())
+        result = self._run("evaluate", payload, items, on_progress)
+        scores = _checked_scores(result, self.task)
         (out / "scores.json").write_bytes((canonical_json(scores.to_json()) + "\n").encode())
 
-    def _run(self, stage: str, payload: dict[str, Any], on_progress: Progress | None) -> dict[str, Any]:
-        """Run a stage; an infrastructure failure is tried once more, then raised with its cause."""
+    def _run(
+        self, stage: str, payload: Callable[[], dict[str, Any]], rows: int, on_progress: Progress | None
+    ) -> dict[str, Any]:
+        """Run a stage; an infrastructure failure is tried once more, then raised with its cause.
+
+        Args:
+            payload: Called at each attempt: a judge that died has another address when it is asked for again.
+            rows: How much there is to do, as `SECONDS_PER_ROW` counts it.
+        """
         from curation_env.executor import Stage
 
         for attempt in (1, 2):
-            future: Future[dict[str, Any]] = self.executor.submit(Stage(stage, payload), on_progress=on_progress)
             try:
+                future: Future[dict[str, Any]] = self.executor.submit(
+                    Stage(stage, payload()), self._limits.get(stage) or self._allowed(stage, rows), on_progress
+                )
                 return future.result()
             except CurationError as error:
                 if not error.retry or attempt == 2:
                     raise
         raise AssertionError("unreachable")
 
+    def _allowed(self, stage: str, rows: int) -> Resources:
+        """The limits of a stage of this size."""
+        from curation_env.executor import Resources
+
+        bounded = stage != "device" and self.device_class.startswith("cpu")
+        return Resources(STAGE_SECONDS + SECONDS_PER_ROW[stage] * rows, MEMORY_MB if bounded else None)
+
     def _cached_or(self, digest: str, seed: int, make: Callable[[Path], None]) -> _Result:
         """The result of one (submission, seed), from the cache or by running `make(folder)`."""
-        place = None
-        if self._cache is not None:
-            place = self._cache / self.task.hash[:32] / digest / f"{seed}-{device_class(self.device)}"
-            with suppress(FileNotFoundError):
-                return _read_result(place, cached=True)
-        scratch = Path(tempfile.mkdtemp(prefix="curation-run-"))
-        try:
-            make(scratch)
-            result = _read_result(scratch, cached=False)
-            if place is not None:
-                staging = place.with_name(f".{place.name}.{os.getpid()}")
-                staging.mkdir(parents=True, exist_ok=True)
-                for name, data in result.files.items():
-                    (staging / name).write_bytes(data)
+        key = ""
+        if self._results is not None:
+            key = f"{self._result_key}/{digest}/{seed}"
+            if files := self._results.read(key):
                 try:
-                    staging.rename(place)
-                except OSError:  # another process stored the same result first
-                    shutil.rmtree(staging, ignore_errors=True)
-            return result
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+                    return _as_result(files, cached=True)
+                except (KeyError, TypeError, ValueError, AttributeError):
+                    self._results.discard(key)
+        with Scratch() as scratch:
+            make(scratch.path)
+            present = (scratch.path / name for name in _RESULT_FILES)
+            files = {path.name: path.read_bytes() for path in present if path.is_file()}
+        result = _as_result(files, cached=False)
+        if self._results is not None:
+            self._results.write(key, files)
+        return result
 
 
-_RESULT_FILES = ("scores.json", "predictions.jsonl", "training.jsonl")
+#: What is kept of a run; `judge.jsonl` is the record of what the judge was asked and said.
+_RESULT_FILES = ("scores.json", "predictions.jsonl", "judge.jsonl", "training.jsonl")
 
 
 class _Result(NamedTuple):
@@ -308,45 +394,47 @@ class _Result(NamedTuple):
     cached: bool
 
 
-def _read_result(folder: Path, *, cached: bool) -> _Result:
-    scores = Scores.from_json(json.loads((folder / "scores.json").read_text()))
-    files = {name: (folder / name).read_bytes() for name in _RESULT_FILES if (folder / name).is_file()}
-    return _Result(scores, files, cached)
+def _as_result(files: Mapping[str, bytes], *, cached: bool) -> _Result:
+    """Take the files of a run for a result.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: They are not one: a file is missing, empty or something else.
+    """
+    scores = Scores.from_json(json.loads(files["scores.json"]))
+    if not files["predictions.jsonl"]:
+        raise ValueError("no predictions")
+    for part in PARTS:
+        scores.mean(part)
+    return _Result(scores, {name: files[name] for name in _RESULT_FILES if name in files}, cached)
 
 
-def read_predictions(folder: Path) -> list[dict[str, Any]]:
-    """The item predictions that an evaluation left: benchmark, index, category, part, prediction, score."""
-    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+def _read_signal(files: Mapping[str, bytes], rows: int) -> tuple[np.ndarray, float] | None:
+    """Values and price of a signal; None where the files are not those of one."""
+    try:
+        values = np.load(io.BytesIO(files["values.npy"]))
+        price = float(json.loads(files["record.json"])["price"])
+    except (KeyError, TypeError, ValueError, EOFError):
+        return None
+    return (values, price) if values.shape == (rows,) else None
 
 
-def _checked_scores(result: dict[str, Any], task: Task, predictions: list[dict[str, Any]]) -> Scores:
+def _checked_scores(result: dict[str, Any], task: Task) -> Scores:
     """All benchmarks or an error: a benchmark that is missing or not a number is never averaged away."""
     parts = result["scores"]
     for name in task.benchmarks:
         value = parts["all"].get(name)
         if value is None or not np.isfinite(value):
             raise StageFailed(f"evaluation gave no score for {name}: all benchmarks or none")
-    return Scores(parts, standard_errors(predictions), result["categories"], result["n"])
-
-
-def standard_errors(predictions: list[dict[str, Any]]) -> dict[str, float]:
-    """Standard error, in points, of each part's mean over benchmarks, from the spread of item scores (0 to 1).
-
-    Items count as independent: where a scorer aggregates over groups this is the error's size, not its exact value.
-    """
-    items: dict[str, dict[str, list[float]]] = {part: {} for part in PARTS}
-    for item in predictions:
-        for part in (item["part"], "all"):
-            items[part].setdefault(item["benchmark"], []).append(float(item["score"]))
-    errors = {}
-    for part, benchmarks in items.items():
-        variances = [np.var(scores, ddof=1) / len(scores) for scores in benchmarks.values() if len(scores) > 1]
-        errors[part] = 100.0 * float(np.sqrt(np.sum(variances))) / max(1, len(benchmarks))
-    return errors
+    stderr = {part: float(result["stderr"].get(part, 0.0)) for part in PARTS}  # 0: a part without items
+    return Scores(parts, stderr, result["categories"], result["n"])
 
 
 def mean_scores(runs: list[Scores]) -> Scores:
-    """Mean over training seeds of one submission."""
+    """Mean over training seeds of one submission.
+
+    The items are the same in every run, so their part of the error does not shrink with more seeds: the variance of a
+    part's mean is the mean of the runs' item variances plus the variance of the runs' means over the number of runs.
+    """
     if len(runs) == 1:
         return runs[0]
 
@@ -358,22 +446,26 @@ def mean_scores(runs: list[Scores]) -> Scores:
 
     return Scores(
         mean([run.parts for run in runs]),
-        {part: float(np.mean([run.stderr[part] for run in runs])) for part in runs[0].stderr},
+        {part: _joint_error(runs, part) for part in runs[0].stderr},
         mean([run.categories for run in runs]),
         runs[0].n_items,
     )
 
 
-def device_class(device: str) -> str:
-    """What kind of processor scores are comparable on: the processor's model, or the GPU's."""
-    if device in ("cpu", "auto"):
-        # "auto" asks the driver's device files rather than torch: the environment's process never imports torch.
-        gpu = device == "auto" and Path("/proc/driver/nvidia/version").exists()
-        if not gpu:
-            return "cpu-" + hashlib.blake2b(_processor().encode(), digest_size=4).hexdigest()
-    gpus = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
-    text = gpus[0].read_text().splitlines()[0] if gpus else "cuda"
-    return "cuda-" + hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+def _joint_error(runs: list[Scores], part: str) -> float:
+    items = np.mean([run.stderr[part] ** 2 for run in runs])
+    seeds = np.var([run.mean(part) for run in runs], ddof=1) / len(runs) if runs[0].parts[part] else 0.0
+    return float(np.sqrt(items + seeds))
+
+
+def _drivers() -> bool:
+    """Whether a GPU's driver is there (NVIDIA, AMD, or a GPU of a Windows host)."""
+    places = ("/dev/nvidiactl", "/dev/nvidia0", "/proc/driver/nvidia/version", "/dev/kfd", "/dev/dxg")
+    return any(Path(place).exists() for place in places)
+
+
+def _short(value: Any) -> str:
+    return hashlib.blake2b(canonical_json(value).encode(), digest_size=8).hexdigest()
 
 
 def _processor() -> str:
@@ -397,9 +489,3 @@ class _timed:
 
     def __exit__(self, *_: object) -> None:
         self.seconds[self.name] = self.seconds.get(self.name, 0.0) + time.monotonic() - self.started
-
-
-def _write_atomic(path: Path, data: bytes) -> None:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_bytes(data)
-    scratch.rename(path)

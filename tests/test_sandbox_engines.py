@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
+import docker
 import pytest
 from sandbox_support import LIMITS, engine, host_processes, new_nap, text, until
 
@@ -25,7 +29,9 @@ from curation_env.sandbox import (
     choose_kind,
     make_sandbox,
 )
+from curation_env.sandbox.docker import DockerSandbox, docker_problem
 from curation_env.sandbox.dummy import DummySandbox
+from curation_env.sandbox.image import RECIPE_LABEL, build_image, connect, recipe
 
 
 @pytest.fixture
@@ -199,6 +205,54 @@ def test_a_killed_harness_leaves_nothing_running(kind: str, tmp_path: Path, nap:
             check=True,
         )
         assert listed.stdout == ""
+
+
+# -- the image
+
+
+@pytest.fixture
+def docker_client() -> Iterator[docker.DockerClient]:
+    client = connect()
+    yield client
+    client.close()
+
+
+def test_an_image_on_a_given_base(docker_client: docker.DockerClient, tmp_path: Path) -> None:
+    bases = docker_client.images.list(name="curation-base")
+    assert bases, "bash .ci/docker.sh makes one"
+    said: list[str] = []
+    tag = build_image(bases[0].tags[0], say=said.append)
+    assert said == [f"building {tag} on {bases[0].tags[0]} (Python: the harness's)"]
+    assert docker_client.images.get(tag).labels[RECIPE_LABEL] == recipe()
+    assert docker_problem() == ""
+    with DockerSandbox(SandboxConfig(tmp_path / "workspace"), image=tag) as sandbox:
+        assert text(sandbox, "python -c 'import numpy, curation; print(1)'; pwd") == "1\n/workspace\n"
+
+
+def test_a_base_without_python_is_refused(docker_client: docker.DockerClient) -> None:
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        tar.addfile(tarfile.TarInfo("empty"))
+    base = f"curation-test:{os.getpid()}"
+    said: list[str] = []
+    before = {image.id for image in docker_client.images.list(filters={"label": f"{RECIPE_LABEL}={recipe()}"})}
+    docker_client.api.import_image_from_data(archive.getvalue(), repository="curation-test", tag=str(os.getpid()))
+    try:
+        with pytest.raises(SandboxUnavailable, match=f"no Python runs on {base}.*POSIX shell") as caught:
+            build_image(base, say=said.append)
+        assert caught.value.details
+    finally:
+        docker_client.images.remove(base, force=True)
+    found = docker_client.images.list(filters={"label": f"{RECIPE_LABEL}={recipe()}"})
+    assert {image.id for image in found} == before
+    tag = said[0].split()[1]
+    assert not docker_client.images.list(name=tag)
+    assert not docker_client.images.list(name=f"{tag}-untried")
+
+
+def test_a_base_that_is_not_there_is_named() -> None:
+    with pytest.raises(SandboxUnavailable, match=r"no image 127\.0\.0\.1:1/absent, and it can't be pulled"):
+        build_image("127.0.0.1:1/absent", say=lambda _: None)
 
 
 # -- an ordinary user, without control groups

@@ -1,13 +1,14 @@
 """The image of the Docker engine: how it is built, named and found.
 
 No registry is needed: the base `debootstrap` is a minimal Debian made from packages and imported. Any other base is an
-image that the engine has or can pull. Where the base has a Python 3.9 or newer with numpy, pyarrow, datasets and PIL,
+image that the engine has or can pull. Where the base has a Python 3.11 or newer with numpy, pyarrow, datasets and PIL,
 that one is used inside; else the harness's own is mounted read-only at its path.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from curation_env.errors import SandboxError
 from curation_env.sandbox.base import SandboxConfig, SandboxUnavailable
 
 if TYPE_CHECKING:
@@ -79,37 +81,55 @@ def build_image(base: str = DEBOOTSTRAP, *, say: Callable[[str], None] = print) 
     """Build the image on `base` and try it; returns its tag `curation-sandbox:<digest>`. A minute with debootstrap.
 
     Raises:
-        SandboxUnavailable: No Docker daemon, no debootstrap, or a base on which no Python runs.
+        SandboxUnavailable: No Docker daemon, no debootstrap, a base that can't be had, or one on which no Python runs.
     """
     client = connect()
-    if base == DEBOOTSTRAP:
-        base_tag = _debootstrap(client, say)
-    else:
-        base_tag = base
-        if not client.images.list(name=base):
-            say(f"pulling {base}")
-            client.images.pull(base)
+    try:
+        base_tag = _debootstrap(client, say) if base == DEBOOTSTRAP else _given(client, base, say)
+        return _build(client, base, base_tag, say)
+    finally:
+        client.close()
+
+
+def _build(client: docker.DockerClient, base: str, base_tag: str, say: Callable[[str], None]) -> str:
     base_id = client.images.get(base_tag).id
     python = "image" if _has_python(client, base_tag) else "harness"
     tag = f"{REPOSITORY}:{hashlib.blake2b((recipe() + str(base_id)).encode(), digest_size=6).hexdigest()}"
+    untried = f"{tag}-untried"
     say(f"building {tag} on {base} (Python: the {python}'s)")
+    common: dict[str, Any] = {"network_mode": "none", "rm": True, "forcerm": True}
     client.images.build(
-        path=str(_FOLDER),
-        tag=tag,
-        buildargs={"BASE": base_tag},
-        labels={RECIPE_LABEL: recipe(), PYTHON_LABEL: python},
-        network_mode="none",
-        rm=True,
-        forcerm=True,
+        path=str(_FOLDER), tag=untried, buildargs={"BASE": base_tag}, labels={PYTHON_LABEL: python}, **common
     )
     try:
-        _try(tag)
-    except BaseException:
-        client.images.remove(tag, force=True)
-        raise
+        try:
+            _try(untried)
+        except SandboxError as error:
+            raise SandboxUnavailable(
+                f"no Python runs on {base}; it needs a POSIX shell and a system not older than this machine's, or a "
+                f"Python 3.11 or newer of its own with {', '.join(MODULES)}: {error}",
+                details=error.details,
+            ) from error
+        # The label by which images are found comes last: no sandbox that starts meanwhile takes one that doesn't work.
+        client.images.build(
+            fileobj=io.BytesIO(f"FROM {untried}\n".encode()), tag=tag, labels={RECIPE_LABEL: recipe()}, **common
+        )
     finally:
-        client.close()
+        client.images.remove(untried, force=True)
     return tag
+
+
+def _given(client: docker.DockerClient, base: str, say: Callable[[str], None]) -> str:
+    """An image that the engine has, or pulls."""
+    import docker
+
+    try:
+        if not client.images.list(name=base):
+            say(f"pulling {base}")
+            client.images.pull(base)
+    except docker.errors.APIError as error:
+        raise SandboxUnavailable(f"there is no image {base}, and it can't be pulled: {error.explanation}") from error
+    return base
 
 
 def _debootstrap(client: docker.DockerClient, say: Callable[[str], None]) -> str:
@@ -180,7 +200,4 @@ def _try(tag: str) -> None:
         with DockerSandbox(SandboxConfig(workspace=Path(folder)), image=tag) as sandbox:
             result = sandbox.exec(["python", "-c", _CHECK], timeout=120)
     if result.exit_code != 0:
-        words = result.stderr.decode(errors="replace")[-1000:]
-        raise SandboxUnavailable(
-            f"Python does not run in the image (its system may be older than this machine's): {words}"
-        )
+        raise SandboxError(result.stderr.decode(errors="replace")[-1000:])

@@ -364,6 +364,7 @@ class Episode:
                     seed=policy_seed(self.state.seed, number),
                     timeout=self.task.limits.policy_seconds,
                     snapshot_mb=self.task.limits.disk_mb,
+                    budget=self.task.budget,
                 )
                 self._raise_failure(session)
                 return run

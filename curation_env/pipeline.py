@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from curation_env.audit.index import AuditIndex
     from curation_env.executor import Executor, Resources
     from curation_env.judge import Judge
+    from curation_env.training.tokens import TokenCounter
 
 Progress = Callable[[dict[str, Any]], None]
 #: Parts of a suite's items: what the agent sees, what only the host's ledger gets, and both.
@@ -156,6 +157,13 @@ class Pipeline:
         return self._index
 
     @functools.cached_property
+    def _count_tokens(self) -> TokenCounter:
+        from curation_env.training.recipe import Recipe
+        from curation_env.training.tokens import TokenCounter
+
+        return TokenCounter(self.assets.student, Recipe.model_validate(self.task.recipe_config))
+
+    @functools.cached_property
     def _suite_digest(self) -> str:
         """Which items are evaluated: the audit must have been made against these."""
         from curation_env.audit.items import suite_digest, suite_files
@@ -177,7 +185,7 @@ class Pipeline:
         """
         from curation_env.audit.gate import audit
 
-        valid = validate(submission, self.view, self.task.budget)
+        valid = validate(submission, self.view, self.task.budget, self._count_tokens)
         return valid, audit(submission, self.index, self.pool, suite=self._suite_digest)
 
     def score(self, submission: Submission, on_progress: Progress | None = None) -> Outcome:
@@ -190,7 +198,7 @@ class Pipeline:
         """
         seconds: dict[str, float] = {}
         with _timed(seconds, "validate"):
-            valid = validate(submission, self.view, self.task.budget)
+            valid = validate(submission, self.view, self.task.budget, self._count_tokens)
         with _timed(seconds, "audit"):
             from curation_env.audit.gate import audit
 

@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from curation_env.errors import AgentError, CurationError, InvalidSubmission, PolicyFailed, SandboxError
 from curation_env.sandbox.base import ExecResult, Sandbox, SandboxConfig, SandboxDied
 from curation_env.sandbox.files import snapshot, usage, write_file
-from curation_env.submission import Submission, read_submission
+from curation_env.submission import Budget, Submission, read_submission
 
 #: Left out of the snapshot: the mounts, what was selected by hand, and the file that the policy takes the place of.
 NOT_IN_SNAPSHOT = ("pool", "student", "feedback", ".submission", "policy.py")
@@ -66,6 +66,7 @@ def run_policy(
     seed: int,
     timeout: float,
     snapshot_mb: int,
+    budget: Budget | None = None,
 ) -> PolicyRun:
     """Run `source` as `/workspace/policy.py` and return what it selected or why it did not.
 
@@ -78,6 +79,7 @@ def run_policy(
         seed: What the script finds in `CURATION_SEED`.
         timeout: Seconds until it is killed, its descendants with it.
         snapshot_mb: Largest workspace that is copied.
+        budget: What the task allows in a submission: it bounds what is read of one.
 
     Raises:
         SandboxError: The engine failed: nobody's fault but the machine's.
@@ -97,7 +99,7 @@ def run_policy(
             return None
         output = _output(result)
         try:
-            submission = _read(result, copy, config, timeout)
+            submission = _read(result, copy, config, timeout, budget)
         except AgentError as error:
             error.details = output[-TAIL_CHARS:]
             return PolicyRun(None, error, output, result.seconds, digest)
@@ -152,7 +154,7 @@ def _execute(sandbox: Sandbox, seed: int, timeout: float) -> ExecResult | None:
     return result
 
 
-def _read(result: ExecResult, copy: Path, config: SandboxConfig, timeout: float) -> Submission:
+def _read(result: ExecResult, copy: Path, config: SandboxConfig, timeout: float, budget: Budget | None) -> Submission:
     """What a policy that ended well selected; raises PolicyFailed or InvalidSubmission otherwise."""
     if result.timed_out:
         raise PolicyFailed(f"the policy ran longer than its {timeout:g} s and was stopped")
@@ -168,7 +170,7 @@ def _read(result: ExecResult, copy: Path, config: SandboxConfig, timeout: float)
         last = _text(result.stderr).strip().rpartition("\n")[2].strip()[:500]
         raise PolicyFailed(f"the policy ended with exit code {result.exit_code}" + (f": {last}" if last else ""))
     try:
-        submission = read_submission(copy)
+        submission = read_submission(copy, budget)
     except OSError as error:  # permissions that the policy took away, names that are too long
         raise InvalidSubmission(f"the submission can't be read: {error.strerror}") from error
     if submission is None:

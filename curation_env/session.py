@@ -44,7 +44,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from curation_env.errors import AgentError, CurationError, InfrastructureError, InvalidAction, LimitExceeded
-from curation_env.submission import IDS_FILE, REWRITES_FILE, read_submission
+from curation_env.submission import IDS_FILE, REWRITES_FILE, Budget, read_submission
 from curation_env.tickets import Tickets
 from curation_env.workspace.client import CHECK_BYTES, HEADER_BYTES, POLICY_BYTES, PROTOCOL
 
@@ -285,7 +285,10 @@ class Session(Tickets):
                 for name, data in zip((IDS_FILE, REWRITES_FILE), body, strict=True):
                     (Path(folder) / name).parent.mkdir(exist_ok=True)
                     (Path(folder) / name).write_bytes(data)
-                submission = read_submission(Path(folder))
+                with self._calls["task"]:
+                    task = self._backend.task()
+                budget = Budget(task["rows"], rewrite=task.get("rewrite", True))
+                submission = read_submission(Path(folder), budget)
             assert submission is not None
             with self._calls["check"]:
                 return dict(self._backend.check(submission.ids, dict(submission.rewrites))), b""

@@ -8,7 +8,7 @@ import json
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,8 +23,11 @@ IDS_FILE = ".submission/ids.txt"
 REWRITES_FILE = ".submission/rewrites.jsonl"
 MAX_IDS_BYTES = 64 * 2**20  # a million ids of 34 bytes, and room
 MAX_IDS = 2_000_000
+# What hostile JSON becomes in memory is tens of times its text: bounds that follow from how many rows may be rewritten.
 MAX_REWRITES_BYTES = 256 * 2**20
-MAX_REWRITE_BYTES = 8 * 2**20  # of one line: what hostile JSON becomes in memory is tens of times its text
+MAX_REWRITE_BYTES = 2**18  # of one line; no recipe keeps as much of a conversation
+MEAN_REWRITE_BYTES = 2**14  # of the lines together, for each row that may be rewritten
+NO_REWRITES = "this task does not allow rewrites: call curation.select(ids) alone"
 MAX_ID_CHARS = 64
 MAX_TURNS = 64
 MAX_TURN_CHARS = 32_768
@@ -94,17 +97,20 @@ def read_bounded(path: Path, limit: int) -> bytes:
     return data
 
 
-def read_submission(workspace: Path) -> Submission | None:
+def read_submission(workspace: Path, budget: Budget | None = None) -> Submission | None:
     """Read what a policy selected from its (stopped) workspace.
 
     Args:
         workspace: Host folder that was the policy's `/workspace`; nothing in it is trusted.
+        budget: What the task allows: rewrites that it does not are refused unread, and no more of them are read than
+            rows may be selected. Without it, no more than ids were.
 
     Returns:
         The submission; None when the policy selected nothing (it wrote no file).
 
     Raises:
-        InvalidSubmission: A file is not a regular file, is too large, or is malformed.
+        InvalidSubmission: A file is not a regular file, is too large, is malformed, or holds rewrites that the task
+            does not allow.
     """
     folder = workspace / Path(IDS_FILE).parent
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
@@ -123,17 +129,33 @@ def read_submission(workspace: Path) -> Submission | None:
     for number, id_ in enumerate(ids, start=1):
         if len(id_) > MAX_ID_CHARS:
             raise InvalidSubmission(f"ids.txt, entry {number}: longer than {MAX_ID_CHARS} characters")
+    return Submission.of(ids, _read_rewrites(workspace / REWRITES_FILE, len(set(ids)), budget))
+
+
+def _read_rewrites(path: Path, selected: int, budget: Budget | None) -> dict[str, Conversation]:
     try:
-        rewrites = _parse_rewrites(read_bounded(workspace / REWRITES_FILE, MAX_REWRITES_BYTES))
+        status = os.lstat(path)
     except FileNotFoundError:
-        rewrites = {}
-    return Submission.of(ids, rewrites)
+        return {}
+    if stat.S_ISREG(status.st_mode) and status.st_size == 0:
+        return {}
+    if budget is not None and not budget.rewrite:
+        raise InvalidSubmission(NO_REWRITES)
+    rows = selected if budget is None else min(selected, budget.rows)
+    limit = min(MAX_REWRITES_BYTES, max(MAX_REWRITE_BYTES, rows * MEAN_REWRITE_BYTES))
+    try:
+        return _parse_rewrites(read_bounded(path, limit), rows)
+    except FileNotFoundError:
+        return {}
 
 
-def _parse_rewrites(data: bytes) -> dict[str, Conversation]:
+def _parse_rewrites(data: bytes, rows: int) -> dict[str, Conversation]:
     rewrites: dict[str, Conversation] = {}
-    if data.count(b"\n") > MAX_IDS:
-        raise InvalidSubmission(f"rewrites.jsonl has over {MAX_IDS:,} lines")
+    lines = data.count(b"\n") + (not data.endswith(b"\n"))
+    if lines > rows:
+        raise InvalidSubmission(
+            f"rewrites.jsonl has {lines:,} lines for {rows:,} rows: one a rewritten row, no blank ones"
+        )
     for number, line in enumerate(io.BytesIO(data), start=1):
         if not line.strip():
             continue
@@ -203,13 +225,17 @@ class Validated:
     supervised_tokens: int
 
 
-def validate(submission: Submission, view: Pool, budget: Budget) -> Validated:
+def validate(
+    submission: Submission, view: Pool, budget: Budget, count: Callable[[Conversation, bool], int] | None = None
+) -> Validated:
     """Check a submission against the agent's view of the pool and the task's budget.
 
     Args:
         submission: What the policy selected.
         view: The pool without blocked rows; `n_tokens` are supervised tokens a row.
         budget: Rows, tokens, and whether repeats and rewrites are allowed.
+        count: Supervised tokens of a rewritten conversation, with or without an image, as the trainer counts them;
+            needed where the task allows rewrites.
 
     Raises:
         InvalidSubmission: The first thing that is wrong, with up to three examples and what to do.
@@ -232,18 +258,25 @@ def validate(submission: Submission, view: Pool, budget: Budget) -> Validated:
             f"{len(repeated):,} ids are repeated, such as {_examples(repeated)}: this task takes each row once"
         )
     if submission.rewrites and not budget.rewrite:
-        raise InvalidSubmission("this task does not allow rewrites: call curation.select(ids) alone")
+        raise InvalidSubmission(NO_REWRITES)
     strange = [id_ for id_ in submission.rewrites if id_ not in submission.counts]
     if strange:
         raise InvalidSubmission(f"rewritten but not selected: {_examples(strange)}")
     for id_, turns in submission.rewrites.items():
         check_conversation(turns, f"rewrite of {_examples([id_])}")
     indices = np.fromiter((position[id_] for id_ in submission.ids), dtype=np.int64)
-    tokens = view.n_tokens[indices]
-    bare = [submission.ids[k] for k in np.flatnonzero(tokens < 1) if submission.ids[k] not in submission.rewrites]
+    tokens = view.n_tokens[indices].astype(np.int64)
+    if submission.rewrites:
+        if count is None:
+            raise ValueError("a task that allows rewrites needs a count of their tokens")
+        pictured = view.image_digests.any(axis=1)
+        own = {id_: count(turns, bool(pictured[position[id_]])) for id_, turns in submission.rewrites.items()}
+        tokens = np.array([own.get(id_, n) for id_, n in zip(submission.ids, tokens, strict=True)], np.int64)
+    bare = list(dict.fromkeys(submission.ids[k] for k in np.flatnonzero(tokens < 1)))
     if bare:
         raise InvalidSubmission(
             f"{len(bare):,} rows have no supervised token once truncated, such as {_examples(bare)}: leave them out"
+            + (" or shorten what you wrote" if submission.rewrites else "")
         )
     total = int(tokens.sum())
     if budget.tokens is not None and total > budget.tokens:

@@ -260,6 +260,26 @@ def test_blocked_rows_cannot_be_selected_and_leaks_cannot_be_written(make):
     assert conversation[0]["assistant"] not in str(caught.value)
 
 
+def test_rewritten_rows_are_counted_as_the_trainer_does(make):
+    from curation_env.training.data import Encoder
+    from curation_env.training.recipe import Recipe
+
+    pipeline = make(Task.load("nano").model_copy(update={"rewrite": True}))
+    encoder = Encoder.load(pipeline.assets.student, Recipe.model_validate(pipeline.task.recipe_config))
+    rows = list(pipeline.view.rows(range(0, len(pipeline.view), 5)))
+    for row in rows:
+        pictured = row["image"] is not None
+        assert pipeline._count_tokens(row["conversation"], pictured) == encoder.encode_row(row).n_supervised
+        long = row["conversation"] + [{"user": "what ? " * 30, "assistant": "a red box , ünseen " * 20}] * 3
+        cut = encoder.encode_row(row | {"conversation": long}).n_supervised
+        assert pipeline._count_tokens(long, pictured) == cut
+    counts = [pipeline._count_tokens(row["conversation"], row["image"] is not None) for row in rows]
+    assert counts == pipeline.view.n_tokens[::5].tolist()
+    lost = {rows[0]["id"]: [{"user": "what ? " * 100, "assistant": "nothing of this is left"}]}
+    with pytest.raises(InvalidSubmission, match="no supervised token"):
+        pipeline.score(Submission.of(lost, lost))
+
+
 def test_the_loss_signal_is_aligned_with_the_view_and_keeps_its_price(make):
     pipeline = make()
     values, price = pipeline.signal("loss")

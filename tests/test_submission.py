@@ -13,6 +13,7 @@ from curation_env.errors import InvalidSubmission
 from curation_env.pool import Pool, write_pool
 from curation_env.submission import (
     FORBIDDEN_MARKS,
+    MAX_REWRITE_BYTES,
     Budget,
     Submission,
     check_conversation,
@@ -110,6 +111,29 @@ def test_malformed_rewrites_name_the_line(tmp_path, line, message):
     assert "line 1" in str(caught.value)
 
 
+def test_rewrites_that_the_task_does_not_allow_are_refused_unread(tmp_path):
+    write(tmp_path, b"a\n", b"")
+    assert read_submission(tmp_path, Budget(1)) == Submission.of(["a"])
+    with (tmp_path / ".submission" / "rewrites.jsonl").open("r+b") as stream:
+        stream.truncate(2**40)
+    with pytest.raises(InvalidSubmission, match="does not allow rewrites"):
+        read_submission(tmp_path, Budget(1))
+
+
+@pytest.mark.parametrize(
+    ("rewrites", "message"),
+    [
+        (b"{}\n" * 3, "3 lines for 2 rows"),
+        (b"[" * (MAX_REWRITE_BYTES + 1), "at most 262,144 are read"),
+        (b"\n" * 2**18, "lines for 2 rows"),
+    ],
+)
+def test_no_more_is_read_of_rewrites_than_rows_may_need(tmp_path, rewrites, message):
+    write(tmp_path, b"a\nb\nb\nc\n", rewrites)
+    with pytest.raises(InvalidSubmission, match=message):
+        read_submission(tmp_path, Budget(2, rewrite=True))
+
+
 @pytest.mark.parametrize("mark", FORBIDDEN_MARKS)
 def test_text_that_is_more_than_text_is_refused(mark):
     with pytest.raises(InvalidSubmission, match="not plain text"):
@@ -159,3 +183,21 @@ def test_repeats_and_rewrites_need_the_task_to_allow_them(pool):
     with pytest.raises(InvalidSubmission, match="rewritten but not selected"):
         validate(Submission.of([pool.ids[2]], {pool.ids[1]: [TURN]}), pool, Budget(3, rewrite=True))
     assert json.loads(rewritten.to_files()["rewrites.jsonl"])["id"] == pool.ids[1]
+
+
+def test_a_rewritten_row_counts_as_what_it_has_become(pool):
+    id_, other = pool.ids[1], pool.ids[2]
+    submission = Submission.of([id_, id_, other], {id_: [{"user": "q", "assistant": "a " * 40}]})
+    budget = Budget(3, tokens=99, repeats=True, rewrite=True)
+
+    def words(conversation, image):
+        assert not image
+        return sum(len(turn["assistant"].split()) for turn in conversation)
+
+    assert validate(submission, pool, budget, words).supervised_tokens == 2 * 40 + 2
+    with pytest.raises(InvalidSubmission, match="82 supervised tokens submitted, the task allows 81"):
+        validate(submission, pool, Budget(3, tokens=81, repeats=True, rewrite=True), words)
+    with pytest.raises(InvalidSubmission, match=r"1 rows have no supervised token .* or shorten what you wrote"):
+        validate(submission, pool, budget, lambda conversation, image: 0)
+    with pytest.raises(ValueError, match="needs a count"):
+        validate(submission, pool, budget)

@@ -199,6 +199,7 @@ class Sandbox(ABC):
     """
 
     kind: ClassVar[str]
+    """Which engine this is: "docker", "bubblewrap", "none" or "dummy"; never "auto"."""
 
     def __init__(self, config: SandboxConfig) -> None:
         self.config = config

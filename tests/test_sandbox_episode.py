@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,17 +69,25 @@ SEEDS = {"CURATION_SEED", "PYTHONHASHSEED"}
 MOUNTS = ["/run/curation/socket", "/workspace", "/workspace/feedback", "/workspace/pool", "/workspace/student"]
 
 
+@pytest.fixture
+def runs() -> Iterator[Path]:
+    """A folder for runs where it is hardest to hide: in the harness's Python, which is shown inside."""
+    folder = Path(tempfile.mkdtemp(dir=sys.prefix, prefix="planted-"))
+    yield folder / "runs"
+    shutil.rmtree(folder)
+
+
 @pytest.mark.parametrize("kind", ENGINES)
 def test_an_episode_shows_what_the_design_says_and_no_more(
-    kind: str, nano: Callable[..., Any], data_root: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, runs: Path, nano: Callable[..., Any], data_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PLANTED_KEY", "planted")
-    env = nano(sandbox=kind)
+    env = nano(sandbox=kind, run_dir=runs / "one")
     env.reset(seed=0)
     episode = env.unwrapped.episode
     assert episode.sandbox.kind == kind
-    other = episode.run_dir.with_name("episode-9999")
-    other.mkdir()
+    other = runs / "two/episode-0000"
+    other.mkdir(parents=True)
     (other / "journal.jsonl").write_text("planted")
     assets = episode.pipeline.assets
     view, whole = episode.pipeline.view, Pool.open(assets.pool)

@@ -22,7 +22,7 @@ from curation_env.mini.world import GENERATOR, MINI, Scale, Source, WorldSpec
 from curation_env.pool import Pool, write_pool
 
 ALTERATIONS = ("reencoded", "cropped", "recolored")
-BRIEF = "Answer the question using a single word or phrase."
+OPENERS = "well please hello look so tell let know think like can today welcome very".split()
 
 
 @dataclass
@@ -66,6 +66,14 @@ TEXT_FORMS = ("chat", "trivial", "fact", "choice:fact")
 
 
 def _clean_row(rng: random.Random, source: Source) -> Row:
+    row = _drawn_row(rng, source)
+    if source.wordings and row.picture is not None and row.skill != "trivial" and rng.random() < source.wordings:
+        opening = " ".join(rng.sample(OPENERS, 2))
+        row.turns = [replace(ask, question=f"{opening} , {ask.question}") for ask in row.turns]
+    return row
+
+
+def _drawn_row(rng: random.Random, source: Source) -> Row:
     form = rng.choices(list(source.forms), list(source.forms.values()))[0]
     if form in TEXT_FORMS:
         return _text_row(rng, source.name, form, source.turns)

@@ -2,8 +2,8 @@
 
 A world is drawn from its seed. World 0 is written down: it mirrors the shares of LLaVA-665K. Train worlds are the seeds
 1 to 999,999, held-out test worlds start at 1,000,000. Worlds differ in what they ask for: scarce skills may have
-sources of their own or hide inside large ones, there may be many useless sources or none, and the harm may have a high
-or a moderate loss.
+sources of their own or hide inside large ones, questions may be worded alike or not, there may be many useless sources
+or none, and the harm may have a high or a moderate loss.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class Source:
         faults: Fault kind -> part of the source's rows.
         duplicates: Part of the rows that are near-duplicates of another row of the source.
         turns: Most questions that a row asks about its picture.
+        wordings: Part of the rows about pictures that open with words of their own, as people do.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Source:
     faults: Mapping[str, float] = field(default_factory=dict)
     duplicates: float = 0.0
     turns: int = 1
+    wordings: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ class WorldSpec:
         if seed < 0:
             raise ValueError(f"a world's seed is 0 or more, not {seed}")
         rng = random.Random(f"curation world {seed}")
-        return _named(seed, _world_zero() if seed == 0 else _drawn(rng), rng)
+        wordings = 0.0 if seed == 0 else random.Random(f"curation wordings {seed}").choice((0.0, 0.6))
+        return _named(seed, _world_zero() if seed == 0 else _drawn(rng), rng, wordings)
 
     @property
     def hash(self) -> str:
@@ -226,7 +229,7 @@ def _merge(bundles: list[str]) -> dict[str, float]:
     return forms
 
 
-def _named(seed: int, parts: list[Parts], rng: random.Random) -> WorldSpec:
+def _named(seed: int, parts: list[Parts], rng: random.Random, wordings: float) -> WorldSpec:
     """Give the sources meaningless names in a meaningless order, and make the shares add up to one."""
     assert len(parts) == N_SOURCES
     rng.shuffle(parts)
@@ -235,7 +238,7 @@ def _named(seed: int, parts: list[Parts], rng: random.Random) -> WorldSpec:
         names.add("".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(3)))
     whole = sum(p[0] for p in parts)
     sources = tuple(
-        Source(name, share / whole, dict(forms), dict(faults), duplicates, turns)
+        Source(name, share / whole, dict(forms), dict(faults), duplicates, turns, wordings)
         for name, (share, forms, faults, duplicates, turns) in zip(sorted(names), parts, strict=True)
     )
     return WorldSpec(seed, sources)

@@ -57,12 +57,12 @@ class Agent(Protocol):
     Attributes:
         name: What tables call it.
         deterministic: Whether equal seeds and observations give equal actions.
-        produces: What its policies carry that a scaffold may ask for: "front_matter", "notes".
+        numeric: Whether its actions are numbers (see `MixtureAction`), not those of `curation_env.actions`.
     """
 
     name: str
     deterministic: bool = True
-    produces: ClassVar[frozenset[str]] = frozenset()
+    numeric: ClassVar[bool] = False
 
     def reset(self, task: Mapping[str, Any], seed: int) -> None:
         """Begin an episode.
@@ -77,6 +77,10 @@ class Agent(Protocol):
 
     def observe(self, step: Step) -> None:
         """Learn of a step: the agent's own, or a ticket's, which it was not asked for."""
+
+    def identity(self) -> str:
+        """A digest of what it does that its settings don't say: files that it loaded. It names the run, too."""
+        return ""
 
     def summary(self) -> str:
         """What is worth saying at the end; "" is nothing."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from curation_env import actions
 from curation_env.agents.base import Agent
 from curation_env.agents.policies import policy_source
+from curation_env.pool import canonical_json
 
 
 class BaselineAgent(Agent):
@@ -17,17 +19,19 @@ class BaselineAgent(Agent):
         policies: Names of shipped policies (random, source_balanced, loss_window), or paths of policy files.
 
     Raises:
-        FileNotFoundError: There is no such policy.
+        PolicyFileError: There is no such policy, or it is not UTF-8.
     """
 
     name = "baseline"
     deterministic = True
-    produces: ClassVar[frozenset[str]] = frozenset({"front_matter"})
 
     def __init__(self, policies: Sequence[str] = ("random", "source_balanced")) -> None:
         if not policies:
             raise ValueError("name at least one policy")
         self._sources = [policy_source(name) for name in policies]
+
+    def identity(self) -> str:
+        return hashlib.sha256(canonical_json(self._sources).encode()).hexdigest()
 
     def reset(self, task: Mapping[str, Any], seed: int) -> None:
         self._iterations = int(task["iterations"])

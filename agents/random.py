@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -23,12 +24,14 @@ class RandomAgent(Agent):
 
     name = "random"
     deterministic = True
-    produces: ClassVar[frozenset[str]] = frozenset({"front_matter"})
 
     def __init__(self, look: float = 0.25) -> None:
         if not 0 <= look < 1:
             raise ValueError(f"look is a probability below 1, not {look}")
         self._look = look
+
+    def identity(self) -> str:
+        return hashlib.sha256(policy_source("random").encode()).hexdigest()
 
     def reset(self, task: Mapping[str, Any], seed: int) -> None:
         self._rng = np.random.default_rng(seed)

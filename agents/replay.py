@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from curation_env import actions
 from curation_env.agents.base import Agent, Step
-from curation_env.errors import CurationError
-from curation_env.ledger import Ledger
+from curation_env.errors import CurationError, InvalidSetting
+from curation_env.pool import canonical_json
 from curation_env.runs import Run, read_run
+from curation_env.trajectory import Trajectory
 
 _RESUBMIT = '''"""The recorded submission of iteration {number}."""
 
@@ -71,28 +73,31 @@ class ReplayAgent(Agent):
 
     Raises:
         NoSuchRun: There is no run, or nothing was scored in it.
+        InvalidSetting: (in `reset`) The new run allows fewer iterations than were recorded.
         ReplayDiffers: (while it plays, submissions only) Equal submissions, other scores.
     """
 
     name = "replay"
     deterministic = True
-    produces: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, run: str | Path, policies: bool = False) -> None:
         self._run: Run = read_run(run)
         self._policies = policies
         self._scored = [entry for entry in self._run.state.history[1:] if entry.scores is not None]
-        with Ledger(self._run.folder) as ledger:
-            files = [ledger.files(entry.commit) for entry in self._scored]
+        trajectory = Trajectory(self._run.folder / "trajectory.git")  # read without the run's lock: nothing is written
+        files = [trajectory.files(entry.commit) for entry in self._scored]
         make = rerun_policy if policies else resubmit_policy
         self._actions = [
             actions.policy(make(entry.number, tree)) for entry, tree in zip(self._scored, files, strict=True)
         ]
 
+    def identity(self) -> str:
+        return hashlib.sha256(canonical_json(self._actions).encode()).hexdigest()
+
     def reset(self, task: Mapping[str, Any], seed: int) -> None:
         self.comparisons: list[Comparison] = []
         if task["iterations"] < len(self._actions):
-            raise ValueError(f"the recorded run has {len(self._actions)} iterations: allow as many")
+            raise InvalidSetting(f"the recorded run has {len(self._actions)} iterations: allow as many")
 
     def act(self, observation: Any, info: dict[str, Any]) -> actions.Action:
         played = len(self.comparisons)
@@ -104,14 +109,17 @@ class ReplayAgent(Agent):
         entry, info = self._scored[len(self.comparisons)], step.info
         assert entry.average is not None
         same = info["submission"] == entry.submission
-        self.comparisons.append(Comparison(entry.number, same, entry.average, float(info["score"])))
+        score = info["score"]  # None where the replay was not scored
+        self.comparisons.append(Comparison(entry.number, same, entry.average, score))
         if self._policies:
             return
         scores = {key.removeprefix("scores/"): value for key, value in info.items() if key.startswith("scores/")}
         if not same or scores != entry.scores:
+            now = f"{score:.4f}" if score is not None else f"not scored ({info['status']} {info['error']})"
+            rows = "" if same or score is None else ", of other rows"
             raise ReplayDiffers(
-                f"iteration {entry.number}: recorded {entry.average:.4f}, now {info['score']:.4f}"
-                f" ({info['status']} {info['error']}). Is it the same task, device and libraries?",
+                f"iteration {entry.number}: recorded {entry.average:.4f}, now {now}{rows}."
+                " Is it the same task, device and libraries?",
                 details=f"recorded: {entry.scores}\nnow: {scores}",
             )
 

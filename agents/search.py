@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import optuna
 
@@ -26,13 +27,15 @@ class SearchAgent(Agent):
 
     name = "search"
     deterministic = True
-    produces: ClassVar[frozenset[str]] = frozenset({"front_matter"})
 
     def __init__(self, startup: int = 8, max_cut: float = 0.5) -> None:
         if startup < 1 or not 0 < max_cut < 1:
             raise ValueError(f"startup must be at least 1 and max_cut between 0 and 1, not {startup} and {max_cut}")
         self._startup = startup
         self._max_cut = max_cut
+
+    def identity(self) -> str:
+        return hashlib.sha256(policy_source("random").encode()).hexdigest()
 
     def reset(self, task: Mapping[str, Any], seed: int) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -26,10 +26,6 @@ class Run:
     events: list[dict[str, Any]]
 
     @property
-    def finished(self) -> bool:
-        return self.state.finished
-
-    @property
     def sandboxes(self) -> list[str]:
         """The engines that the agent's commands ran in, in order; "none" means without any isolation."""
         started = [event for event in self.events if event["kind"] in ("episode_started", "episode_resumed")]

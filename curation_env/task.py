@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from curation_env.errors import CurationError
+from curation_env.errors import CurationError, InvalidSetting
 from curation_env.pool import canonical_json
 from curation_env.submission import Budget
 
@@ -54,7 +54,7 @@ class Limits(_Strict):
 
 
 class Budgets(_Strict):
-    """What one episode may use; null means without limit. Enforced by `curation_env.wrappers.limits`."""
+    """What one episode may use; null means without limit. The environment truncates an episode that has used it up."""
 
     shell_commands: int | None = None
     curation_seconds: float | None = None
@@ -70,6 +70,8 @@ class Task(_Strict):
         seeds: Training runs per iteration, with the first seeds of the recipe's list; scores are their mean.
         feedback: "split" shows scores on feedback items; "all" on all items (the published protocol).
         detail: What the agent sees of an iteration: scores, scores by category, or its own outputs by item.
+        show_student: Whether the sandbox shows the init, read-only.
+        max_episode_steps: Actions of an episode, of any kind; more than enough for a submission and its look-arounds.
         overrides: The overrides that move scores, for the displayed name.
     """
 
@@ -115,7 +117,9 @@ class Task(_Strict):
         given = {key: value for key, value in overrides.items() if value is not None}
         moved = tuple(f"{k}={given[k]}" for k in _MOVES_SCORES if k in given and given[k] != fields.get(k, _default(k)))
         try:
-            return cls.model_validate({**fields, **given, "overrides": moved})
+            task = cls.model_validate({**fields, **given, "overrides": moved})
+            _ = task.training_seeds  # asks whether the recipe lists as many
+            return task
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
@@ -180,8 +184,24 @@ class Task(_Strict):
             return None
         return reference_scores(self.reference, self.pool.world)
 
+    def drawn(self, world: int) -> Task:
+        """The same task in one of the worlds that it draws.
+
+        Raises:
+            InvalidSetting: There is no such world, or the task has one world alone.
+        """
+        if self.pool.world != "by seed":
+            raise InvalidSetting(f"task {self.name!r} has one world, so world={world} says nothing: try mini-worlds")
+        return self.in_world(world)
+
     def in_world(self, world: int) -> Task:
-        """The same task in one world of the miniature."""
+        """The same task in one world of the miniature.
+
+        Raises:
+            InvalidSetting: There is no such world.
+        """
+        if world < 0:
+            raise InvalidSetting(f"worlds are numbered from 0, not {world}")
         pinned = self.pool.hash if world == self.pool.world else None  # a task file pins its own world only
         return self.model_copy(update={"pool": self.pool.model_copy(update={"world": world, "hash": pinned})})
 

@@ -32,10 +32,10 @@ class Trajectory:
     Args:
         git_dir: Its folder; `open` makes it.
         lock: Descriptor of the run's lock. A git that outlives a killed writer keeps it until it ends, so that no two
-            ever write.
+            ever write. None is for reading alone.
     """
 
-    def __init__(self, git_dir: Path, lock: int) -> None:
+    def __init__(self, git_dir: Path, lock: int | None = None) -> None:
         self.git_dir = git_dir
         self._lock = lock
 
@@ -124,9 +124,10 @@ class Trajectory:
         }
         settings = ["core.fsync=objects,derived-metadata,reference", "gc.auto=0", "core.compression=1"]
         command = ["git", *(part for setting in settings for part in ("-c", setting)), *arguments]
+        kept = () if self._lock is None else (self._lock,)
         try:
             done = subprocess.run(
-                command, env=environment, input=stdin, capture_output=True, pass_fds=(self._lock,), check=False
+                command, env=environment, input=stdin, capture_output=True, pass_fds=kept, check=False
             )
         except FileNotFoundError as error:
             raise LedgerError("the command git is not installed") from error

@@ -18,9 +18,11 @@ import pytest
 from curation_env import actions
 from curation_env.agents.base import Agent, AgentDiverged, Saves, Step, from_plain, has_ended, plain, run_episode
 from curation_env.agents.baseline import BaselineAgent
+from curation_env.agents.policies import PolicyFileError
 from curation_env.agents.random import RandomAgent
 from curation_env.agents.replay import ReplayAgent, ReplayDiffers
 from curation_env.agents.search import SearchAgent
+from curation_env.errors import InvalidSetting
 from curation_env.ledger import Ledger, read_events
 from curation_env.policy import parse_front_matter
 from curation_env.runs import read_run
@@ -74,11 +76,11 @@ def test_search_forgets_what_failed_and_asks_again_for_random_until_it_is_scored
     agent = SearchAgent()
     agent.reset(TASK, 0)
     first = agent.act({}, {"iteration": 0})
-    agent.observe(Step(1, first, {}, 0.0, False, False, {"status": "invalid", "score": math.nan}))
+    agent.observe(Step(1, first, {}, 0.0, False, False, {"status": "invalid", "score": None}))
     assert agent.act({}, {"iteration": 0}) == first
     agent.observe(scored(2, first, 40.0))
     second = agent.act({}, {"iteration": 1})
-    agent.observe(Step(3, second, {}, 0.0, False, False, {"status": "rejected", "score": math.nan}))
+    agent.observe(Step(3, second, {}, 0.0, False, False, {"status": "rejected", "score": None}))
     assert agent.act({}, {"iteration": 1}) != second
     assert [trial.state.name for trial in agent._study.trials] == ["COMPLETE", "FAIL", "RUNNING"]
 
@@ -90,8 +92,20 @@ def test_a_policy_file_of_ones_own_and_a_missing_one(tmp_path):
     agent.reset(TASK, 0)
     assert agent.act({}, {"iteration": 2})["text"] == "import curation\n"
     assert "Rows at random" in agent.act({}, {"iteration": 1})["text"]
-    with pytest.raises(FileNotFoundError, match="loss_window, random, source_balanced"):
+    with pytest.raises(PolicyFileError, match="loss_window, random, source_balanced"):
         BaselineAgent(["randon"])
+    path.write_bytes(b"import curation  # \xff")
+    with pytest.raises(PolicyFileError, match=r"mine\.py is not UTF-8 \(byte 19\)"):
+        BaselineAgent([str(path)])
+
+
+def test_what_an_agent_loaded_is_part_of_what_it_is(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("import curation\n")
+    before = BaselineAgent([str(path)]).identity()
+    assert before == BaselineAgent([str(path)]).identity() != BaselineAgent(["random"]).identity()
+    path.write_text("import curation  # other\n")
+    assert BaselineAgent([str(path)]).identity() != before
 
 
 def test_observations_survive_the_journal():
@@ -370,3 +384,21 @@ def test_replay_notices_other_scores(nano):
     journal.write_text("\n".join(lines) + "\n")
     with pytest.raises(ReplayDiffers, match=f"recorded {before + 1:.4f}, now {before:.4f}"):
         play(nano(iterations=1), ReplayAgent(recorded.folder), seed=0)
+
+
+def test_a_replay_that_is_not_scored_says_so_and_leaves_the_recorded_run_alone(nano):
+    recorded = play(nano(iterations=1), BaselineAgent(["random"]), seed=0)
+    before = {path: path.stat().st_mtime_ns for path in recorded.folder.rglob("*") if path.is_file()}
+    with Ledger(recorded.folder):  # as if its run were still going on
+        agents = ReplayAgent(recorded.folder), ReplayAgent(recorded.folder, policies=True)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    # The same rows do not fit a smaller task.
+    with pytest.raises(ReplayDiffers, match=r"now not scored \(invalid invalid_submission\)"):
+        play(nano(iterations=1, rows=10), agents[0], seed=0)
+    broken = {"status": "invalid", "score": None, "submission": "", "error": "policy_failed"}
+    agents[1].reset({"iterations": 1}, 0)
+    agents[1].observe(Step(1, agents[1].act({}, {}), {}, 0.0, False, False, broken))
+    assert "OTHER rows" in agents[1].summary()
+    assert "replayed not scored" in agents[1].summary()
+    with pytest.raises(InvalidSetting, match="allow as many"):
+        agents[0].reset({"iterations": 0}, 0)

@@ -126,10 +126,52 @@ def test_mistakes_are_one_line(run):
         (["agent=replay", "agent.run=nowhere"], "no run at nowhere"),
         (["agent=baseline", "agent.policies=[mine]"], "no policy 'mine'"),
         (["iterations=0"], "greater than or equal to 1"),
+        (["seed=abc"], "seed must be a whole number from 0, not 'abc'"),
+        (["seed=-1"], "seed must be a whole number from 0, not -1"),
+        (["task=mini-worlds", "world=abc"], "world must be a whole number from 0, not 'abc'"),
+        (["sandbox.kind=foo"], "sandbox.kind must be one of auto"),
+        (["executor.device=foo"], "executor.device must be one of auto"),
+        (["limits.cost=-2"], "the limit cost must be a number more than 0, not -2"),
+        (["seeds=99"], "ask for fewer"),
+        (["cache=3"], "cache must be true or false"),
+        (["logger=wandb", "logger.mode=onlin"], "run.py: logger: mode must be 'offline' or 'online'"),
+        (["task=mini-mixture"], "task 'mini-mixture' takes numbers, agent 'search' gives texts"),
     ):
         error = run(*arguments, fails=True)
         assert words in error
         assert len(error.splitlines()) == 1
+
+
+def test_one_bad_job_of_a_sweep_does_not_keep_the_others(run, tmp_path):
+    text = run("-m", "agent=baseline", "iterations=1", "agent.policies=[nowhere],[random]", fails=True)
+    (said,) = [line for line in text.splitlines() if "no policy 'nowhere'" in line]
+    assert said.startswith("run.py: ")
+    assert "agent.policies=[nowhere]" in said
+    assert "Traceback" not in text
+    (folder,) = folders(tmp_path)
+    assert len(read_run(folder).state.history) == 2
+
+
+def test_a_changed_policy_file_is_another_run_and_a_fresh_one_is_played_anew(run, tmp_path):
+    policy = tmp_path / "mine.py"
+    policy.write_text("import curation\ncuration.select(curation.pool()['id'][:20])\n")
+    arguments = ("agent=baseline", f"agent.policies=[{policy}]", "iterations=1", "limits.shell_commands=5")
+    run(*arguments)
+    policy.write_text("import curation\ncuration.select(curation.pool()['id'][:30])\n")
+    assert "finished already" not in run(*arguments)
+    assert len(folders(tmp_path)) == 2
+    output = run(*arguments, "fresh=true")
+    assert "iteration 1: feedback average" in output
+    assert len(folders(tmp_path)) == 2
+    assert sorted(len(list(folder.glob("episode-*"))) for folder in folders(tmp_path)) == [1, 2]
+
+
+def test_a_limit_of_the_configuration_ends_the_run(run, tmp_path):
+    assert "shell: limit (limit_exceeded)" in run("agent=random", "agent.look=0.99", "limits.shell_commands=1")
+    (folder,) = folders(tmp_path)
+    assert [event["resource"] for event in read_events(locate(folder)) if event["kind"] == "limit"] == [
+        "shell_commands"
+    ]
 
 
 def test_groups_are_complete_and_task_files_are_the_task_group(run):

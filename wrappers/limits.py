@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import gymnasium as gym
@@ -106,13 +107,23 @@ def limits(env: gym.Env[Any, Any], **amounts: float | None) -> gym.Env[Any, Any]
         >>> limits(envs.make("nano"), shell_commands=30, cost=None).limit
         30
     """
-    by_resource = {limit.resource: limit for limit in LIMITS}
-    for resource, amount in amounts.items():
-        if resource not in by_resource:
-            raise InvalidSetting(f"no limit {resource!r}: there are {', '.join(by_resource)}")
-        if amount is None:
-            continue
-        if isinstance(amount, bool) or not isinstance(amount, int | float) or not amount > 0:
-            raise InvalidSetting(f"the limit {resource} must be a number more than 0, not {amount!r}")
-        env = by_resource[resource](env, amount)
+    check_amounts(amounts)
+    for limit in LIMITS:
+        amount = amounts.get(limit.resource)
+        if amount is not None:
+            env = limit(env, amount)
     return env
+
+
+def check_amounts(amounts: Mapping[str, Any]) -> None:
+    """Check the arguments of `limits`.
+
+    Raises:
+        InvalidSetting: An unknown name, or neither None nor a number more than 0.
+    """
+    known = [limit.resource for limit in LIMITS]
+    for resource, amount in amounts.items():
+        if resource not in known:
+            raise InvalidSetting(f"no limit {resource!r}: there are {', '.join(known)}")
+        if amount is not None and (isinstance(amount, bool) or not isinstance(amount, int | float) or not amount > 0):
+            raise InvalidSetting(f"the limit {resource} must be a number more than 0, not {amount!r}")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from curation_env import actions, feedback
-from curation_env.errors import AgentError, InvalidAction, PolicyFailed, RunDiffers, SandboxError
+from curation_env.errors import AgentError, InvalidAction, PolicyFailed, SandboxError
 from curation_env.feedback import FeedbackFolder, feedback_table, shown_files, shown_part, shown_scores
 from curation_env.host import HostBackend
 from curation_env.journal import plain
@@ -111,11 +111,10 @@ class Episode:
         seed: Policy seeds of the episode are derived from it.
         final_choice: Whether one free step for `stop(nominate=k)` follows the last iteration.
         on_progress: Called with what runs at the moment.
-        resume: Continue from the last recorded step.
+        resume: Continue from the last recorded step; ask `runs.check_resumable` first.
 
     Raises:
         RunLocked: Another process holds the run folder.
-        RunDiffers: (`resume`) The run was started with another task or other settings.
         SandboxError: No engine, or it failed to start.
     """
 
@@ -557,31 +556,10 @@ class Episode:
         """The state after the last recorded step; a fresh one when the run was cut before the base was scored."""
         events = self.ledger.events()
         started = [event for event in events if event["kind"] == "episode_started"]
-        if started:
-            self._check_same(started[-1])
         for event in reversed(events):
             if event["kind"] in ("reset", "step"):
                 return State.from_json(event["state"])
         return State(started[-1]["seed"] if started else seed)
-
-    def _check_same(self, started: dict[str, Any]) -> None:
-        """Scores of two tasks, or an episode under two rules, must never stand in one record."""
-        was, now = started["task"], self.task.model_dump(mode="json")
-        differ = []
-        if started["task_hash"] != self.task.hash:
-            differ = _differences({**was, "overrides": None}, {**now, "overrides": None})
-            differ = differ or ["another version of the task's recipe, suite, audit rules or student"]
-        else:
-            differ = [
-                text for name in ("iterations", "detail") for text in _differences({name: was[name]}, {name: now[name]})
-            ]
-        if started.get("final_choice", self.final_choice) != self.final_choice:
-            differ.append(f"final_choice={started['final_choice']} (now {self.final_choice})")
-        if differ:
-            raise RunDiffers(
-                f"the run at {self.run_dir} can't be resumed, it was started with {'; '.join(differ)}:"
-                " make the environment as it was, or begin another run in another run_dir"
-            )
 
     @property
     def usage(self) -> dict[str, float]:
@@ -685,17 +663,6 @@ def policy_seed(episode_seed: int, iteration: int) -> int:
 
 def _json(value: Any) -> bytes:
     return (canonical_json(value) + "\n").encode()
-
-
-def _differences(was: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for key in now:
-        before, after = was.get(key), now[key]
-        if isinstance(before, dict) and isinstance(after, dict):
-            found += _differences(before, after, f"{prefix}{key}.")
-        elif before != after:
-            found.append(f"{prefix}{key}={before!r} (now {after!r})")
-    return found
 
 
 def _refusal(error: AgentError) -> dict[str, Any]:

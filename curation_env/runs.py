@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from curation_env.episode import State
-from curation_env.errors import CurationError
+from curation_env.errors import CurationError, RunDiffers
 from curation_env.ledger import read_events
 from curation_env.task import Task
 
@@ -68,5 +68,44 @@ def read_run(path: str | Path) -> Run:
 
 def recorded_task(folder: Path) -> Task | None:
     """The task that an episode was started with, None when it was cut before that was recorded."""
-    started = [event for event in read_events(folder) if event["kind"] == "episode_started"]
-    return Task.model_validate(started[-1]["task"]) if started else None
+    started = _started(folder)
+    return None if started is None else Task.model_validate(started["task"])
+
+
+def check_resumable(folder: Path, task: Task, final_choice: bool) -> None:
+    """See that an episode can go on: scores of two tasks, or under two rules, must never stand in one record.
+
+    Raises:
+        RunDiffers: It was started with another task or other settings; the message says which.
+    """
+    started = _started(folder)
+    if started is None:
+        return
+    was, now = {**started["task"], "overrides": None}, {**task.model_dump(mode="json"), "overrides": None}
+    if started["task_hash"] != task.hash:
+        differ = _differences(was, now) or ["another version of the task's recipe, suite, audit rules or student"]
+    else:
+        told = ("iterations", "detail")
+        differ = _differences({key: was[key] for key in told}, {key: now[key] for key in told})
+    if started.get("final_choice", final_choice) != final_choice:
+        differ.append(f"final_choice={started['final_choice']} (now {final_choice})")
+    if differ:
+        raise RunDiffers(
+            f"the run at {folder} can't be resumed, it was started with {'; '.join(differ)}:"
+            " make the environment as it was, or begin another run in another run_dir"
+        )
+
+
+def _started(folder: Path) -> dict[str, Any] | None:
+    return next((event for event in reversed(read_events(folder)) if event["kind"] == "episode_started"), None)
+
+
+def _differences(was: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key, after in now.items():
+        before = was.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += _differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append(f"{prefix}{key}={before!r} (now {after!r})")
+    return found

@@ -228,8 +228,8 @@ equal episodes; `remaining`, `usage` and limits add the measured seconds of comm
         episode_seed = int(self.np_random.integers(2**31))
         resume = bool(options.get("resume")) and self._episodes_on_disk() > 0
         run_dir = self._next_run_dir(resume)
-        if resume and seed is None and options.get("world") is None:
-            task = self._in_recorded_world(task, run_dir)
+        if resume:
+            task = self._resumed(task, run_dir, asked=seed is not None or options.get("world") is not None)
         self._episode = Episode(
             task,
             self._pipeline_for(task),
@@ -387,12 +387,15 @@ equal episodes; `remaining`, `usage` and limits add the measured seconds of comm
         """The task of the next episode; families that draw worlds override this."""
         return self.task
 
-    def _in_recorded_world(self, task: Task, run_dir: Path) -> Task:
-        """The task in the world that a run was begun in, where it was drawn."""
-        from curation_env.runs import recorded_task
+    def _resumed(self, task: Task, run_dir: Path, asked: bool) -> Task:
+        """The drawn task as the run was begun with: in its world, unless another was asked for, which is an error."""
+        from curation_env.runs import check_resumable, recorded_task
 
-        recorded = recorded_task(run_dir) if self.task.pool.world == "by seed" else None
-        return task if recorded is None else self.task.in_world(int(recorded.pool.world))
+        recorded = None if asked or task.pool.world == self.task.pool.world else recorded_task(run_dir)
+        if recorded is not None:
+            task = self.task.in_world(int(recorded.pool.world))
+        check_resumable(run_dir, task, self._final_choice)
+        return task
 
     def _pipeline_for(self, task: Task) -> Pipeline:
         from curation_env.executor import LocalExecutor

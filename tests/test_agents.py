@@ -22,7 +22,7 @@ from curation_env.agents.policies import PolicyFileError
 from curation_env.agents.random import RandomAgent
 from curation_env.agents.replay import ReplayAgent, ReplayDiffers
 from curation_env.agents.search import SearchAgent
-from curation_env.errors import InvalidSetting
+from curation_env.errors import InvalidSetting, RuleBreach
 from curation_env.ledger import Ledger, read_events
 from curation_env.policy import parse_front_matter
 from curation_env.runs import read_run
@@ -223,6 +223,77 @@ def test_tickets_are_played_on_the_outermost_wrapper_before_the_agent_is_asked_a
     assert result.iterations == 2
     waited = env.unwrapped.session.wait(tickets[0])
     assert waited["result"]["status"] == "scored"
+
+
+class RefusesPolicies(gym.Wrapper):
+    """A scaffold's rule that no policy passes."""
+
+    def step(self, action):
+        if action["tool"] == actions.POLICY:
+            return self.env.unwrapped.refuse(action, RuleBreach("no policies today"))
+        return self.env.step(action)
+
+
+def test_refused_tickets_are_answered_and_the_episode_goes_on(nano):
+    env, agent = RefusesPolicies(nano()), Submitter()
+    result = run_episode(env, agent, seed=0)
+    assert [(bool(ticket), status) for ticket, status, _ in agent.told] == [
+        (False, "shell_ok"),
+        (True, "breach"),
+        (True, "breach"),
+        (False, "finished"),
+    ]
+    assert (result.iterations, result.reason) == (0, "terminated")
+
+
+class NeverStops(Submitter):
+    """Goes on as if nothing had happened, whatever is left to do."""
+
+    def act(self, observation, info):
+        return actions.shell("ls") if self.told else super().act(observation, info)
+
+
+def test_an_agent_that_makes_no_choice_ends_with_the_best(nano):
+    agent = NeverStops()
+    result = run_episode(nano(iterations=1, final_choice=True), agent, seed=0)
+    # The second ticket waits when the iterations are used up: it is answered, not played.
+    assert [status for _, status, _ in agent.told] == ["shell_ok", "scored", "invalid"]
+    assert (result.reason, result.nominee) == ("terminated", result.best)
+
+
+class Refused(Agent):
+    """Sends what is refused, and what JSON has no word for."""
+
+    name = "refused"
+
+    def reset(self, task, seed):
+        self.step = 0
+
+    def act(self, observation, info):
+        endless = []
+        endless.append(endless)
+        texts = ["\ud800", 10**6000, math.inf, endless, b"ls", "x" * 5_000_000]
+        return {"tool": 0, "text": texts[self.step]} if self.step < len(texts) else actions.stop()
+
+    def observe(self, step):
+        self.step += 1
+
+
+def test_an_agent_whose_actions_are_refused_resumes(nano, tmp_path):
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(step):
+        if step.number == 6:
+            raise Interrupted
+
+    folder = tmp_path / "run"
+    env = nano(run_dir=folder, iterations=9)
+    with pytest.raises(Interrupted):
+        play(env, Refused(), on_step=interrupt)
+    result = play(nano(run_dir=folder, iterations=9), Refused(), resume=True)
+    assert (result.steps, result.iterations) == (7, 3)
+    assert (result.folder / "journal.jsonl").stat().st_size < 1_000_000
 
 
 PLAYER = """

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from workspace_support import Host
 
-from curation_env.errors import InvalidAction, LimitExceeded
+from curation_env.errors import InfrastructureError, InvalidAction, LimitExceeded, StageFailed
 from curation_env.session import MAX_CONNECTIONS, Session
 from curation_env.tickets import MAX_WAITING, Tickets, ticket_name
 from curation_env.workspace.client import CHECK_BYTES, HEADER_BYTES, POLICY_BYTES
@@ -105,6 +105,19 @@ def test_malformed_requests_are_answered(session: Session, data: bytes, code: st
     assert answer["code"] == code
     assert "secret" not in answer["error"]
     assert ask(session, "task")["ok"]
+
+
+def test_a_failure_of_the_host_is_told_to_it_and_not_to_the_client(session: Session) -> None:
+    for name, cause in (("down", StageFailed), ("full", InfrastructureError)):
+        answer = ask(session, "signal", name=name)
+        assert (answer["ok"], answer["code"]) == (False, "infrastructure")
+        assert "secret" not in answer["error"]
+        assert "not your doing" in answer["error"]
+        assert ask(session, "task")["ok"]
+        assert isinstance(session.take_failure(), cause)
+        assert session.take_failure() is None
+    ask(session, "signal", name="nothing")
+    assert session.take_failure() is None
 
 
 @pytest.mark.parametrize(

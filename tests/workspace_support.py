@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 import curation_env.workspace
-from curation_env.errors import InvalidAction, InvalidSubmission, LimitExceeded
+from curation_env.errors import InvalidAction, InvalidSubmission, LimitExceeded, StageFailed
 from curation_env.pool import write_rows
 
 PACKAGE = Path(curation_env.workspace.__file__).parent
@@ -64,6 +64,10 @@ class Host:
     def signal(self, name: str) -> np.ndarray:
         if name == "broken":
             raise RuntimeError("/secret/path of the host")
+        if name == "down":
+            raise StageFailed("the worker in /secret/path died", details="Traceback of the host")
+        if name == "full":
+            raise OSError(28, "No space left on device", "/secret/path")
         if name != "loss":
             raise InvalidAction(f"no signal {name!r}; there is loss")
         self.signals_charged += 1

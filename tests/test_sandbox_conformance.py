@@ -399,17 +399,18 @@ def test_a_deleted_file_still_counts(sandbox: Sandbox) -> None:
 def test_a_mapped_deleted_file_still_counts(sandbox: Sandbox) -> None:
     # Not by Python's mmap, which keeps a descriptor.
     code = """
-        import ctypes, os
+        import ctypes, os, time
         libc = ctypes.CDLL(None, use_errno=True)
         libc.mmap.restype = ctypes.c_void_p
         libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
         size = 8 << 20
-        for i in range(40):
+        for i in range(8):
             fd = os.open('f', os.O_RDWR | os.O_CREAT)
             os.unlink('f')
             os.write(fd, bytes(size))
             assert libc.mmap(None, 4096, 1, 1, fd, 0) != ctypes.c_void_p(-1).value
             os.close(fd)
+        time.sleep(30)
     """
     result = sandbox.exec(["python", "-c", textwrap.dedent(code)], timeout=60)
     assert (result.exit_code, result.limit) == (137, "disk")
@@ -418,15 +419,16 @@ def test_a_mapped_deleted_file_still_counts(sandbox: Sandbox) -> None:
 def test_a_file_under_way_between_sockets_still_counts(sandbox: Sandbox) -> None:
     """Nobody can see who holds it; what it takes from the disk is seen."""
     code = """
-        import os, socket
+        import os, socket, time
         ends = []
-        for i in range(150):
+        for i in range(30):
             fd = os.open('f', os.O_RDWR | os.O_CREAT)
             os.unlink('f')
             os.write(fd, bytes(8 << 20))
             ends.append(socket.socketpair())
             socket.send_fds(ends[-1][0], [b'x'], [fd])
             os.close(fd)
+        time.sleep(30)
     """
     result = sandbox.exec(["python", "-c", textwrap.dedent(code)], timeout=60)
     assert (result.exit_code, result.limit) == (137, "disk")

@@ -267,10 +267,11 @@ def test_bubblewrap_as_an_ordinary_user() -> None:
         limits = SandboxLimits(memory_mb=256, pids=48, disk_mb=16, file_mb=8)
         sandbox = make_sandbox("bubblewrap", SandboxConfig(workspace=Path("workspace").absolute(), limits=limits))
         hoard = (
-            "import ctypes, os; libc = ctypes.CDLL(None); libc.mmap.restype = ctypes.c_void_p\\n"
-            "for _ in range(40):\\n"
+            "import ctypes, os, time; libc = ctypes.CDLL(None); libc.mmap.restype = ctypes.c_void_p\\n"
+            "for _ in range(8):\\n"
             " fd = os.open('f', os.O_RDWR | os.O_CREAT); os.unlink('f'); os.write(fd, bytes(4 << 20))\\n"
-            " libc.mmap(None, ctypes.c_size_t(4 << 20), 1, 1, fd, ctypes.c_long(0)); os.close(fd)"
+            " libc.mmap(None, ctypes.c_size_t(4 << 20), 1, 1, fd, ctypes.c_long(0)); os.close(fd)\\n"
+            "time.sleep(15)"
         )
         def run(command, timeout=20):
             result = sandbox.exec(command, timeout=timeout)

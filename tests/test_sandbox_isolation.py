@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -35,6 +36,30 @@ def python(sandbox: Sandbox, code: str) -> str:
     return result.stdout.decode()
 
 
+@pytest.fixture(scope="module")
+def walked(sandbox: Sandbox) -> dict[str, list[str]]:
+    """One walk over everything inside: files whose path has our name, and folders that a file can be made in."""
+    code = """if True:
+        import json, os
+        named, writable = [], []
+        for folder, folders, names in os.walk('/'):
+            if folder == '/':
+                folders[:] = [name for name in folders if name not in ('proc', 'sys')]
+            for name in names:
+                path = os.path.join(folder, name)
+                if 'curation' in path and not os.path.islink(path) and os.path.getsize(path):
+                    named.append(path)
+            try:
+                open(os.path.join(folder, '.probe'), 'x').close()
+            except OSError:
+                continue
+            os.unlink(os.path.join(folder, '.probe'))
+            writable.append(folder)
+        print(json.dumps({'named': named, 'writable': writable}))"""
+    found: dict[str, list[str]] = json.loads(python(sandbox, code))
+    return found
+
+
 def test_the_tools_are_there(sandbox: Sandbox) -> None:
     code = "import curation, numpy, pyarrow, datasets, PIL.Image, sys\n"
     code += "print(curation.__file__); print(sys.version_info[:2])"
@@ -43,21 +68,13 @@ def test_the_tools_are_there(sandbox: Sandbox) -> None:
     assert "submit" in text(sandbox, "curation --help")
 
 
-def test_the_harness_is_not(sandbox: Sandbox) -> None:
+def test_the_harness_is_not(sandbox: Sandbox, walked: dict[str, list[str]]) -> None:
     result = sandbox.exec(["python", "-c", "import curation_env"], timeout=20)
     assert b"ModuleNotFoundError" in result.stderr
     code = "import importlib.metadata as m; d = m.distribution('curation-env'); print(d.version, d.files)"
     assert sandbox.exec(["python", "-c", code], timeout=20).stdout in (b"", b"None None\n")
     assert sandbox.exec("curation-env --help", timeout=20).exit_code == 127
-    listed = python(
-        sandbox,
-        "import os\nfor folder, _, names in os.walk('/'):\n"
-        " if folder[:6] in ('/proc', '/proc/', '/sys', '/sys/'): continue\n"
-        " for name in names:\n"
-        "  path = os.path.join(folder, name)\n"
-        "  if 'curation' in path and not os.path.islink(path) and os.path.getsize(path): print(path)",
-    ).split()
-    assert [path for path in listed if not path.startswith("/opt/curation/")] == []
+    assert [path for path in walked["named"] if not path.startswith("/opt/curation/")] == []
     for name in ("curation_env/pipeline.py", "curation_env/mini", "envs", "tests", "conf", "setup.cfg", ".git"):
         assert sandbox.exec(["test", "-e", str(REPOSITORY / name)], timeout=10).exit_code == 1
 
@@ -228,15 +245,6 @@ def test_kernel_settings_and_devices_of_the_host_are_safe(sandbox: Sandbox) -> N
     assert disks == ""
 
 
-def test_nothing_but_workspace_and_memory_is_writable(sandbox: Sandbox) -> None:
-    code = (
-        "import os\n"
-        "for folder, folders, _ in os.walk('/'):\n"
-        " if folder.startswith(('/proc', '/sys/')): folders.clear(); continue\n"
-        " try: open(os.path.join(folder, '.probe'), 'x').close()\n"
-        " except OSError: continue\n"
-        " print(folder); os.unlink(os.path.join(folder, '.probe'))"
-    )
-    writable = set(python(sandbox, code).split())
+def test_nothing_but_workspace_and_memory_is_writable(walked: dict[str, list[str]]) -> None:
     # Docker's /dev is memory of its own, 64 MB at most; bubblewrap's is read-only.
-    assert writable - {"/dev", "/dev/mqueue"} == {"/workspace", "/tmp", "/dev/shm"}
+    assert set(walked["writable"]) - {"/dev", "/dev/mqueue"} == {"/workspace", "/tmp", "/dev/shm"}

@@ -90,6 +90,18 @@ def test_deleted_files_count_once_however_they_are_kept(tmp_path: Path) -> None:
     assert used() == before
 
 
+def test_what_a_dead_child_wrote_is_told_before_and_after_it_is_waited_for(tmp_path: Path) -> None:
+    before = files.written_bytes([os.getpid()])
+    child = os.fork()
+    if child == 0:
+        (tmp_path / "file").write_bytes(bytes(_MB))
+        os._exit(0)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    assert files.written_bytes([os.getpid()]) - before >= _MB
+    os.waitpid(child, 0)
+    assert files.written_bytes([os.getpid()]) - before >= _MB
+
+
 def test_free_and_written_bytes_are_told(tmp_path: Path) -> None:
     before = files.written_bytes([os.getpid()])
     (tmp_path / "file").write_bytes(bytes(_MB))

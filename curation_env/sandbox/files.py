@@ -282,9 +282,17 @@ def _add_mapped(found: dict[int, int], pid: int, task: str, device: int) -> bool
 
 
 def written_bytes(pids: Iterable[int]) -> int:
-    """What `pids`, and the children that they have waited for, have written to disks so far, as far as it is told."""
+    """What `pids` and their dead children have written to disks so far, as far as it is told.
+
+    Those that were waited for are in their parents' numbers; the others no control group lists.
+    """
+    found = set(pids)
+    for pid in list(found):
+        with contextlib.suppress(OSError):
+            for task in os.listdir(f"/proc/{pid}/task"):
+                found.update(map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split()))
     total = 0
-    for pid in pids:
+    for pid in found:
         with contextlib.suppress(OSError, ValueError), open(f"/proc/{pid}/io", "rb") as file:
             total += int(file.read().partition(b"\nwrite_bytes: ")[2].partition(b"\n")[0])
     return total

@@ -385,7 +385,8 @@ def test_disk_filler_is_killed_and_can_clean_up(sandbox: Sandbox) -> None:
 
 
 def test_inode_filler_is_killed(sandbox: Sandbox) -> None:
-    result = sandbox.exec(["python", "-c", "for i in range(10**7): open(f'i{i}', 'x').close()"], timeout=60)
+    code = "import time\nfor i in range(10_000): open(f'i{i}', 'x').close()\ntime.sleep(30)"
+    result = sandbox.exec(["python", "-c", code], timeout=60)
     assert (result.exit_code, result.limit) == (137, "files")
 
 

@@ -269,8 +269,10 @@ def validate(
     if submission.rewrites:
         if count is None:
             raise ValueError("a task that allows rewrites needs a count of their tokens")
-        pictured = view.image_digests.any(axis=1)
-        own = {id_: count(turns, bool(pictured[position[id_]])) for id_, turns in submission.rewrites.items()}
+        own = {
+            id_: count(turns, bool(view.image_digests[position[id_]].any()))
+            for id_, turns in submission.rewrites.items()
+        }
         tokens = np.array([own.get(id_, n) for id_, n in zip(submission.ids, tokens, strict=True)], np.int64)
     bare = list(dict.fromkeys(submission.ids[k] for k in np.flatnonzero(tokens < 1)))
     if bare:

@@ -17,7 +17,7 @@ help:
 	@echo "make lint      ruff and mypy"
 
 demo: venv engine
-	$(BIN)/python experiments/run.py task=mini agent=search scaffold=open_prompt iterations=5
+	$(BIN)/python experiments/run.py experiment=demo
 
 test: test-venv engine docker lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
@@ -35,7 +35,7 @@ test-venv: $(VENV)/.installed-dev
 # torch first: DeepSpeed imports it to build itself, and nothing may pull another build of it.
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "python3-venv is needed: apt-get install python3-venv"; exit 1; }
+	@test -x $(BIN)/pip || PYTHON=$(PYTHON) sh .ci/venv.sh $(VENV)
 	$(BIN)/pip install -q "setuptools<85" wheel -c constraints.txt
 	$(BIN)/pip install -q $(TORCH) -c constraints.txt
 	$(BIN)/pip install -q -c constraints.txt hjson ninja py-cpuinfo psutil einops msgpack pydantic tqdm packaging

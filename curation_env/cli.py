@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from curation_env.errors import CurationError
+from curation_env.errors import CurationError, InvalidSetting
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 sandbox_app = typer.Typer(no_args_is_help=True, help="The sandbox that agents work in.")
@@ -41,7 +41,7 @@ def tasks(as_json: Json = False) -> None:
 
     loaded = [Task.load(name) for name in task_names()]
     if as_json:
-        _print_json([task.model_dump(mode="json", exclude={"overrides"}) for task in loaded])
+        _print_json({"tasks": [task.model_dump(mode="json", exclude={"overrides"}) for task in loaded]})
         return
     table = Table("task", "id", "pool", "student", "suite", "iterations", "rows")
     for task in loaded:
@@ -57,15 +57,18 @@ def doctor(task: str, data_root: DataRoot = None, world: World = None, as_json: 
     """Say what a task needs, what is there, and which command brings the rest."""
     from curation_env.doctor import examine
 
+    if world is not None:
+        _in_world(task, world)
     findings = examine(task, data_root, world)
+    ready = all(finding.ok for finding in findings if finding.required)
     if as_json:
-        _print_json([finding._asdict() for finding in findings])
+        _print_json({"task": task, "ready": ready, "findings": [finding._asdict() for finding in findings]})
     else:
         table = Table("what", "state", "where, or what to do")
         for finding in findings:
             table.add_row(finding.what, "ok" if finding.ok else "missing", finding.text)
         _console().print(table)
-    if not all(finding.ok for finding in findings if finding.required):
+    if not ready:
         raise typer.Exit(1)
 
 
@@ -89,7 +92,7 @@ def audit(task: str, file: Path, data_root: DataRoot = None, world: World = None
     """Validate and audit a submission: FILE holds row ids, one a line."""
     from curation_env.submission import MAX_IDS_BYTES, Submission, read_bounded
 
-    ids = read_bounded(file, MAX_IDS_BYTES).decode().split()
+    ids = _text(file, read_bounded(file, MAX_IDS_BYTES)).split()
     with _pipeline(_in_world(task, world), data_root) as pipeline:
         valid, certificate = pipeline.check(Submission.of(ids))
     if as_json:
@@ -107,26 +110,32 @@ def audit(task: str, file: Path, data_root: DataRoot = None, world: World = None
 def evaluate(
     task: str,
     policy: Path,
-    seeds: Annotated[int, typer.Option(min=1, help="Training seeds; scores are their mean")] = 1,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Training seeds; default: the task's own number")] = None,
     sandbox: Annotated[str, typer.Option(help="auto, docker, bubblewrap or none")] = "auto",
     data_root: DataRoot = None,
     run_dir: Annotated[Path | None, typer.Option(help="Where the record goes; default: under the data root")] = None,
+    world: World = None,
     as_json: Json = False,
 ) -> None:
     """Take one policy through the whole path, without an agent: sandbox, audit, training, evaluation, record."""
     from curation_env import envs
     from curation_env.actions import policy as submit
     from curation_env.progress import Progress
+    from curation_env.task import Task
 
-    source = policy.read_text()
+    source = _text(policy, policy.read_bytes())
+    options = {}
+    if world is not None:
+        Task.load(task).drawn(world)
+        options["world"] = world
     with Progress(quiet=as_json) as progress:
         env = envs.make(
             task, seeds=seeds, iterations=1, sandbox=sandbox, data_root=data_root, run_dir=run_dir, on_progress=progress
-        )
+        ).unwrapped  # of a numeric task, too, a policy is a text
         try:
-            _, started = env.reset(seed=0)
+            _, started = env.reset(seed=0, options=options)
             observation, _, _, _, info = env.step(submit(source))
-            folder = env.unwrapped.episode.run_dir  # type: ignore[attr-defined]
+            folder = env.episode.run_dir  # type: ignore[attr-defined]
         finally:
             env.close()
     if as_json:
@@ -157,7 +166,9 @@ def calibrate(
     task: str,
     subsets: Annotated[int, typer.Option(min=2, help="Random submissions")] = 12,
     seeds: Annotated[int, typer.Option(min=2, help="Training seeds of one random submission and of the full pool")] = 5,
-    out: Annotated[Path | None, typer.Option(help="Write the reference as JSON")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Put it into this file, as conf/reference/ has them; other worlds in it stay")
+    ] = None,
     data_root: DataRoot = None,
     world: World = None,
     as_json: Json = False,
@@ -165,12 +176,13 @@ def calibrate(
     """Measure a task's reference: base, random (mean and sd) and full pool, for each part of the items."""
     from curation_env.calibrate import calibrate as measure
     from curation_env.progress import Progress
+    from curation_env.task import put_reference
 
     chosen = _in_world(task, world)
     with Progress(quiet=as_json) as progress, _pipeline(chosen, data_root) as pipeline:
         reference = measure(pipeline, subsets=subsets, seeds=seeds, on_progress=progress)
     if out is not None:
-        out.write_text(json.dumps(reference, indent=1) + "\n")
+        put_reference(out, chosen.pool.world, reference)
     if as_json:
         _print_json(reference)
         return
@@ -234,18 +246,41 @@ def _pipeline(task: Any, data_root: Path | None) -> Any:
     return open_pipeline(task, data_root)
 
 
-def main() -> None:
-    """Run the command; a documented error is one line on stderr and exit code 2."""
+def _text(path: Path, data: bytes) -> str:
     try:
-        app()
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidSetting(f"{path} is not UTF-8 (byte {error.start})") from error
+
+
+def main() -> None:
+    """Run the command. A documented error is one line on stderr and exit code 2; with --json also an object on stdout.
+
+    The object is `{"error": code, "message": text}`.
+    """
+    as_json = "--json" in sys.argv[1:]
+    try:
+        # Outside of its standalone mode typer raises what the user did wrong, and returns a command's exit code.
+        raise SystemExit(app(standalone_mode=not as_json))
     except CurationError as error:
-        sys.stderr.write(f"curation-env: {error}\n")
-        if error.details:
-            sys.stderr.write(error.details.rstrip() + "\n")
-        raise SystemExit(2) from None
+        _give_up(error.code, str(error), error.details, as_json=as_json)
     except OSError as error:
-        sys.stderr.write(f"curation-env: {error}\n")
-        raise SystemExit(2) from None
+        _give_up("os_error", str(error), as_json=as_json)
+    except (typer.Abort, KeyboardInterrupt):
+        _give_up("interrupted", "interrupted", as_json=as_json, exit_code=130)
+    except Exception as error:  # click's, which typer brings along under a name of its own in newer releases
+        if not hasattr(error, "format_message"):
+            raise
+        _give_up("usage", error.format_message(), as_json=as_json, exit_code=getattr(error, "exit_code", 2))
+
+
+def _give_up(code: str, text: str, details: str = "", *, as_json: bool, exit_code: int = 2) -> NoReturn:
+    if as_json:
+        _print_json({"error": code, "message": text})
+    sys.stderr.write(f"curation-env: {text}\n")
+    if details:
+        sys.stderr.write(details.rstrip() + "\n")
+    raise SystemExit(exit_code) from None
 
 
 if __name__ == "__main__":

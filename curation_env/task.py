@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import hashlib
+import json
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -215,12 +216,27 @@ def _default(field: str) -> Any:
 
 def reference_scores(name: str, world: int | str) -> dict[str, Any] | None:
     """The shipped reference of one world, or None."""
-    import json
-
     path = conf_dir() / "reference" / f"{name}.json"
     if not path.is_file():
         return None
     return json.loads(path.read_text())["worlds"].get(str(world))
+
+
+def put_reference(path: Path, world: int | str, reference: dict[str, Any]) -> None:
+    """Put one world's reference into a file of the form that `conf/reference/` ships: {"worlds": {world: reference}}.
+
+    Raises:
+        InvalidSetting: The file is there and is of another form.
+    """
+    shipped: dict[str, Any] = {"worlds": {}}
+    if path.exists():
+        try:
+            shipped = json.loads(path.read_text())
+            shipped["worlds"].items()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InvalidSetting(f'{path} is not a file of references ({{"worlds": ...}}): name another') from error
+    shipped["worlds"][str(world)] = reference
+    path.write_text(json.dumps(shipped, indent=1) + "\n")
 
 
 def conf_dir() -> Path:

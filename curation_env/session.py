@@ -251,7 +251,9 @@ class Session(Tickets):
             body = [reader.exactly(size) for size in sizes]
             try:
                 result, payload = message.answer(header, body)
-            except (OSError, MemoryError) as error:  # a full disk, say
+            except CurationError:
+                raise
+            except Exception as error:  # a full disk, say
                 raise InfrastructureError(f"a request of type {kind} could not be answered: {error!r}") from error
         answer = {"ok": True, "result": result}
         if payload:

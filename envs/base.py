@@ -78,7 +78,7 @@ class CurationEnv(gym.Env[dict[str, Any], dict[str, Any]], EzPickle):
 
     ## Episode end
     `terminated` when the iterations are used up or after STOP (`final_choice=True` leaves one free step for
-    `stop(nominate=k)`); `truncated` by the step that uses up a limit: of the task (`max_episode_steps`, `budgets`), or
+    `stop(nominate=k)`, and whatever else is done in it chooses the best on feedback); `truncated` by the step that uses up a limit: of the task (`max_episode_steps`, `budgets`), or
     one that `curation_env.wrappers.limits` sets. That step is played to its end; it says which limit it was, with the
     status `limit` unless it was scored. An infrastructure failure raises, it never looks like a score.
 

@@ -82,7 +82,7 @@ def test_requests_are_answered(session: Session) -> None:
         (b'{"v": 1, "type": "signal", "name": "a\\nb"}\n', "invalid_action"),
         (b'{"v": 1, "type": "signal", "name": "\\ud800"}\n', "invalid_action"),
         (b'{"v": 1, "type": "signal", "name": "other"}\n', "invalid_action"),
-        (b'{"v": 1, "type": "signal", "name": "broken"}\n', "internal"),
+        (b'{"v": 1, "type": "signal", "name": "broken"}\n', "infrastructure"),
         (b'{"v": 1, "type": "card", "name": "none"}\n', "limit_exceeded"),
         (b'{"v": 1, "type": "wait", "ticket": "t-0", "seconds": -1}\n', "invalid_action"),
         (b'{"v": 1, "type": "wait", "ticket": "t-0", "seconds": NaN}\n', "invalid_action"),

@@ -73,8 +73,7 @@ def test_equal_submissions_get_equal_scores_bit_for_bit(make, executor):
     assert other.per_seed[1337].parts != first.scores.parts
 
 
-def test_results_are_cached_by_task_submission_and_seed(make, tmp_path, data_root):
-    shutil.copytree(data_root / "views", tmp_path / "views", dirs_exist_ok=True)
+def test_results_are_cached_by_task_submission_and_seed(make, tmp_path):
     pipeline = make(data_root=tmp_path, cache=True)
     submission = random_submission(pipeline, 2)
     fresh, again = pipeline.score(submission), pipeline.score(submission)
@@ -93,7 +92,7 @@ def test_results_are_cached_by_task_submission_and_seed(make, tmp_path, data_roo
     assert unwritable.files == fresh.files
 
 
-def test_results_of_another_engine_or_of_other_files_are_not_taken(make, data_root, tmp_path):
+def test_results_of_another_engine_or_of_other_files_are_not_taken(make, tmp_path):
     pipeline = make()
     keys = {pipeline._result_key, pipeline._signal_key}
     assert keys == {make()._result_key, make()._signal_key}

@@ -14,9 +14,17 @@
 | NonFiniteLoss | the loss became NaN or infinite | no: it is deterministic | no | no: raised |
 | WorkerDied, OutOfMemory, StageTimeout, StageFailed | training or evaluation did not finish | once | no | no: raised |
 | JudgeUnavailable | the judge endpoint is dead or answers nonsense | once | no | no: raised |
-| SandboxError | the sandbox engine failed | once | no | no: raised |
+| SandboxError, SandboxUnavailable, SandboxDied | the sandbox engine failed | once | no | no: raised |
 | RunLocked | another process holds the run folder | no | no | no: raised |
 | RunDiffers | a run is to be resumed with another task or other settings | no | no | no: raised |
+| UnknownTask, TaskFileError | no such task file, or a wrong field in it (`task.py`) | no | no | no: raised |
+| InvalidSetting | an option of the user's has a value that it can't have | no | no | no: raised |
+| ScaffoldError | no such scaffold, or its prompt can't be rendered (`wrappers/scaffold.py`) | no | no | no: raised |
+| PolicyFileError | an agent's policy file is not there or not text (`agents/policies`) | no | no | no: raised |
+| NoSuchRun | no run in that folder, or nothing scored in it (`runs.py`) | no | no | no: raised |
+| AgentDiverged | a resumed agent does not repeat what it did (`agents/base.py`) | no | no | no: raised |
+| ReplayDiffers | a replay got other scores than were recorded (`agents/replay.py`) | no | no | no: raised |
+| LedgerError | the record is damaged or can't be written (`journal.py`) | no | no | no: raised |
 
 An error of the agent's is answered in the observation (`status`, `message`, `info["error"]`) and the episode goes on;
 the others raise, because a broken machine must never look like a bad policy.

@@ -77,10 +77,11 @@ class CurationEnv(gym.Env[dict[str, Any], dict[str, Any]], EzPickle):
     episode and one iteration each afterwards.
 
     ## Episode end
-    `terminated` when the iterations are used up or after STOP (`final_choice=True` leaves one free step for
-    `stop(nominate=k)`, and whatever else is done in it chooses the best on feedback); `truncated` by the step that uses up a limit: of the task (`max_episode_steps`, `budgets`), or
-    one that `curation_env.wrappers.limits` sets. That step is played to its end; it says which limit it was, with the
-    status `limit` unless it was scored. An infrastructure failure raises, it never looks like a score.
+    `terminated` when the iterations are used up or after STOP. `final_choice=True` leaves one free step for
+    `stop(nominate=k)`; whatever else is done in it chooses the best on feedback. `truncated` by the step that uses up a
+    limit: of the task (`max_episode_steps`, `budgets`), or one that `curation_env.wrappers.limits` sets. That step is
+    played to its end; it says which limit it was, with the status `limit` unless it was scored. An infrastructure
+    failure raises, it never looks like a score; a step that raised has not happened.
 
     ## Info
     Flat, the same keys on every step; None, 0 or "" where there is nothing.
@@ -288,7 +289,7 @@ equal episodes; `remaining`, `usage` and limits add the measured seconds of comm
 
     def render(self) -> Any:
         """The episode so far, in the render mode."""
-        from curation_env.report.render import ansi, rgb_array
+        from curation_env.render import ansi, rgb_array
 
         if self.render_mode is None:
             gym.logger.warn("render() needs a render_mode: pass one to gym.make")

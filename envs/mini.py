@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, ClassVar
 
 from curation_env.envs.base import CurationEnv
+from curation_env.errors import InvalidSetting
 from curation_env.task import Task
 
 
@@ -39,7 +41,8 @@ class MiniWorldsEnv(CurationEnv):
     ## Description
     Worlds differ in which sources carry which skills and under which names, in shares, in kinds and rates of faults,
     and in which skills are scarce. Training draws from the seeds 1 to 999,999; the held-out test worlds begin at
-    1,000,000 and are reached by `reset(options={"world": 1_000_000})` alone.
+    1,000,000 and are reached by `reset(options={"world": 1_000_000})` alone. Without a seed, the generator that the
+    last one started goes on.
 
     ## Ids
     `CurationBench-MiniWorlds-v0`; `CurationBench-MiniMixture-v0` adds numeric actions and observations
@@ -52,9 +55,17 @@ class MiniWorldsEnv(CurationEnv):
     reset_options: ClassVar[tuple[str, ...]] = ("resume", "world")
 
     def _draw_task(self, options: dict[str, Any]) -> Task:
+        """The task in the world of the options, else in a train world.
+
+        Raises:
+            InvalidSetting: The option is no number of a world.
+        """
         from curation_env.mini.world import TRAIN_WORLDS
 
         world = options.get("world")
         if world is None:
             world = self.np_random.integers(TRAIN_WORLDS.start, TRAIN_WORLDS.stop)
-        return self.task.in_world(int(world))
+        try:
+            return self.task.in_world(operator.index(world))
+        except TypeError as error:
+            raise InvalidSetting(f"world must be a whole number from 0, not {world!r}") from error

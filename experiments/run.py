@@ -22,6 +22,7 @@ from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 from rich.console import Console
 
 from curation_env import envs
+from curation_env.actions import TOOLS
 from curation_env.agents.base import Agent, EpisodeResult, Step, has_ended, run_episode
 from curation_env.choices import DEVICES, SANDBOXES, check_choice
 from curation_env.errors import CurationError, InvalidSetting
@@ -138,8 +139,8 @@ def show(folder: Path) -> None:
 
 def step_line(step: Step) -> str:
     """One line on a step: what was done, and what came of it."""
-    tools = ("shell", "policy", "stop")
-    done = tools[step.action["tool"]] + (" (submitted from the sandbox)" if step.ticket else "")
+    tool = TOOLS[step.action["tool"]] if isinstance(step.action, dict) else "mixture"
+    done = tool + (" (submitted from the sandbox)" if step.ticket else "")
     info = step.info
     if info["status"] == "scored":
         outcome = f"iteration {info['iteration']}: feedback average {info['score']:.2f} +- {info['stderr']:.2f}"

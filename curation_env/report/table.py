@@ -58,7 +58,7 @@ def _percent(share: float | None) -> str:
 
 def save_plot(run: Run, path: Path) -> Path:
     """Write the plot of a run as a PNG and return its path."""
-    from curation_env.report.render import figure
+    from curation_env.render import figure
 
     figure(run.task, run.state.history).savefig(path, dpi=120)
     return path

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import threading
 import time
+from pathlib import Path
 
 import pytest
-from sandbox_support import ENGINES, until
+from sandbox_support import ENGINES, host_processes, new_nap, until
 
 from curation_env.actions import policy, shell, stop
 from curation_env.envs.mini import MiniWorldsEnv
@@ -53,6 +56,19 @@ def failing(monkeypatch, target, name, error, when=lambda *args: True):
     monkeypatch.setattr(target, name, fail)
 
 
+def kill_first_process(nap):
+    """Kill process 1 of the sandbox that a command sleeps in, as the kernel does where memory is out."""
+    pid = host_processes(nap)[0]
+    while True:
+        fields = dict(
+            line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line
+        )
+        if fields["NSpid"].split()[-1] == "1":
+            os.kill(pid, signal.SIGKILL)
+            return
+        pid = int(fields["PPid"])
+
+
 # ---------------------------------------------------------------------- the sandbox
 
 
@@ -70,11 +86,10 @@ def test_a_command_that_uses_up_the_memory_is_answered_and_runs_once(nano, kind)
 
 def test_a_sandbox_that_ends_under_a_command_is_answered(nano):
     env = started(nano())
-    sandbox = env.unwrapped.sandbox
-    marker = env.unwrapped.episode.workspace / "count"
-    killer = threading.Thread(target=lambda: (until(marker.exists), sandbox.stop()))
+    sandbox, nap = env.unwrapped.sandbox, new_nap()
+    killer = threading.Thread(target=lambda: until(lambda: bool(host_processes(nap))) and kill_first_process(nap))
     killer.start()
-    obs, _, _, _, info = env.step(shell("echo ran >> count; sleep 15"))
+    obs, _, _, _, info = env.step(shell(f"echo ran >> count; sleep {nap}"))
     killer.join()
     assert info["status"] == "shell_failed"
     assert "the sandbox ended under this command, which was not run again" in obs["message"]

@@ -315,7 +315,7 @@ equal episodes; `remaining`, `usage` and limits add the measured seconds of comm
             self._judge = None
         self._pipeline = None
 
-    @property  # type: ignore[override]
+    @property
     def spec(self) -> EnvSpec | None:
         """How `gym.make` made this environment, in plain data: it goes through JSON whatever paths were given."""
         return self._spec

@@ -1,4 +1,4 @@
-"""Seconds that the harness adds: around an iteration, to a shell action, at a reset.
+"""Seconds that the harness adds: to an import, around an iteration, to a shell action, at a reset.
 
     python experiments/benchmarks/overhead.py                    # the miniature, bubblewrap
     python experiments/benchmarks/overhead.py --task nano --sandbox docker --json
@@ -14,6 +14,8 @@ import argparse
 import json
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,12 @@ def seconds(run: Any) -> float:
     return time.perf_counter() - started
 
 
+def import_seconds(before: str = "") -> float:
+    """What `import curation_env` takes in a new process, after the modules that `before` names."""
+    code = f"import time, sys{before}; t = time.perf_counter(); import curation_env; print(time.perf_counter() - t)"
+    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
 def measure(task: str, sandbox: str, iterations: int, commands: int) -> dict[str, list[float]]:
     """Every measured time, in seconds, by what was measured."""
     found: dict[str, list[float]] = {}
@@ -47,6 +55,9 @@ def measure(task: str, sandbox: str, iterations: int, commands: int) -> dict[str
     def note(name: str, value: float) -> None:
         found.setdefault(name, []).append(value)
 
+    for _ in range(5):
+        note("import curation_env", import_seconds())
+        note("import curation_env, gymnasium there", import_seconds(", gymnasium"))
     env = envs.make(task, sandbox=sandbox, iterations=iterations + 1, cache=False)
     core = env.unwrapped
     note("first reset, workers cold", seconds(lambda: env.reset(seed=0)))
@@ -100,7 +111,8 @@ def main() -> None:
         table.add_row(name, *(f"{row[key]:.3f}" for key in ("median", "min", "max")), str(row["n"]))
     Console(width=100).print(table)
     print(
-        f"shell action / bare engine: {ratio:.2f} (target 1.3); harness an iteration: target 0.5 s; reset: target 2 s"
+        f"shell action / bare engine: {ratio:.2f} (target 1.3); harness an iteration: target 0.5 s; reset: target 2 s;"
+        " import, gymnasium there: target 0.15 s"
     )
 
 

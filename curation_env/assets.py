@@ -95,13 +95,19 @@ def prepared(task: Task, root: Path, on_progress: Progress | None = None) -> Ass
     """
     assets = locate(task, root)
     there = all(there for _, there in assets.state().values())
-    if not (there and pool_fits(task, assets) and view_fits(task, assets)):
+    if not (there and suite_whole(task, assets) and pool_fits(task, assets) and view_fits(task, assets)):
         if task.family != "mini":
             raise MissingAssets(describe_missing(task, assets))
         with _lock(root / ".prepare.lock"):
             _make_miniature(task, assets, on_progress or (lambda _: None))
     _check_pins(task, assets)
     return assets
+
+
+def suite_whole(task: Task, assets: Assets) -> bool:
+    """Whether the suite is split and has the file of every benchmark."""
+    names = ["split.json", "meta.json", *(spec["file"] for spec in task.suite_config["benchmarks"].values())]
+    return all((assets.suite / name).is_file() for name in names)
 
 
 def pool_fits(task: Task, assets: Assets) -> bool:
@@ -159,7 +165,7 @@ def _make_miniature(task: Task, assets: Assets, on_progress: Progress) -> None:
     assert isinstance(task.pool.world, int)
     _clear_partial(assets)
     report("suite", 0)
-    if not (assets.suite / "split.json").is_file():
+    if not suite_whole(task, assets):
         assets.suite.parent.mkdir(parents=True, exist_ok=True)
         build_suite(assets.suite, scale)
         write_split(assets.suite, task.suite_config)

@@ -331,7 +331,7 @@ def _edit(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-@pytest.mark.parametrize("what", ["world", "truth", "suite", "rules", "view of another pool", "cut off"])
+@pytest.mark.parametrize("what", ["world", "truth", "suite", "rules", "view of another pool", "cut off", "file"])
 def test_what_is_outdated_is_made_again(own_root, what):
     task = Task.load("nano")
     assets = locate(task, own_root)
@@ -342,6 +342,8 @@ def test_what_is_outdated_is_made_again(own_root, what):
         (assets.pool / "truth.parquet").unlink()
     elif what == "view of another pool":
         _edit(assets.view / "meta.json", hash="1" * 64)
+    elif what == "file":
+        (assets.suite / "MiniOCR.tsv").unlink()
     elif what == "cut off":
         (assets.view / "meta.json").write_text(good[:40])
     else:

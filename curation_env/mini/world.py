@@ -79,7 +79,7 @@ class WorldSpec:
         if seed < 0:
             raise ValueError(f"a world's seed is 0 or more, not {seed}")
         rng = random.Random(f"curation world {seed}")
-        wordings = 0.0 if seed == 0 else random.Random(f"curation wordings {seed}").choice((0.0, 0.6))
+        wordings = 0.0 if seed == 0 else random.Random(f"curation wordings {seed}").choice((0.0, 0.25))
         return _named(seed, _world_zero() if seed == 0 else _drawn(rng), rng, wordings)
 
     @property

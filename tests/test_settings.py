@@ -6,15 +6,18 @@ import ast
 import importlib
 import pkgutil
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 import curation_env
 from curation_env import envs, errors
 from curation_env.assets import prepared
+from curation_env.choices import SANDBOXES
 from curation_env.envs.mini import MiniWorldsEnv
 from curation_env.errors import CurationError, InvalidSetting, MissingAssets
 from curation_env.mini.world import TEST_WORLDS, TRAIN_WORLDS
+from curation_env.sandbox import SandboxKind
 from curation_env.task import Task
 
 
@@ -30,6 +33,10 @@ from curation_env.task import Task
 def test_settings_are_checked_when_an_environment_is_made(setting, words):
     with pytest.raises(CurationError, match=words):
         envs.make("nano", **setting)
+
+
+def test_every_engine_can_be_chosen():
+    assert get_args(SandboxKind) == SANDBOXES
 
 
 def test_a_seed_draws_a_train_world_and_an_option_takes_any(monkeypatch):

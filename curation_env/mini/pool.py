@@ -22,22 +22,9 @@ from curation_env.mini.world import GENERATOR, MINI, Scale, Source, WorldSpec
 from curation_env.pool import Pool, write_pool
 
 ALTERATIONS = ("reencoded", "cropped", "recolored")
-OPENERS = [
-    "well",
-    "please",
-    "hello",
-    "look",
-    "so",
-    "tell",
-    "let",
-    "know",
-    "think",
-    "like",
-    "can",
-    "today",
-    "welcome",
-    "very",
-]
+OPENERS = (
+    "well", "please", "hello", "look", "so", "tell", "let", "know", "think", "like", "can", "today", "welcome", "very",
+)  # fmt: skip
 
 
 @dataclass

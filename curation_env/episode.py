@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,64 +20,19 @@ from curation_env.journal import plain
 from curation_env.ledger import SEALED_DIGEST, Ledger
 from curation_env.pipeline import Outcome, Pipeline, Progress
 from curation_env.pool import canonical_json
-from curation_env.sandbox import SandboxKind, choose_kind, make_sandbox
-from curation_env.sandbox.base import ExecResult, Mount, Sandbox, SandboxConfig, SandboxLimits
+from curation_env.sandbox import SandboxKind
+from curation_env.sandbox.base import ExecResult, Sandbox
 from curation_env.session import Session
+from curation_env.state import Iteration, State
 from curation_env.task import Task
 from curation_env.tickets import Ticket, ticket_name
+from curation_env.workplace import Workplace
 
 if TYPE_CHECKING:
     from curation_env.policy import PolicyRun
 
-#: Invalid, rejected and breaching actions of an episode that cost nothing.
-FREE_ERRORS = 3
 MAX_POLICY_BYTES = 1_000_000
 NO_MORE_POLICIES = "the iterations of this episode are used up: no further policy is played"
-
-
-@dataclass
-class Iteration:
-    """What one charged submission left behind; `scores` is None when it was charged without being scored."""
-
-    number: int
-    scores: dict[str, float] | None
-    average: float | None
-    stderr: float = 0.0
-    commit: str = ""
-    submission: str = ""
-    n_rows: int = 0
-    n_supervised_tokens: int = 0
-    audit: dict[str, int] = field(default_factory=dict)
-    error: str = ""
-
-
-@dataclass
-class State:
-    """Everything that an episode remembers; journaled after every step, so that a run can be continued.
-
-    `tickets` are the names of those that wait; their policies are in the journal's `ticket` events.
-    """
-
-    seed: int
-    iteration: int = 0
-    free_errors: int = FREE_ERRORS
-    history: list[Iteration] = field(default_factory=list)
-    best: int = 0
-    shell_commands: int = 0
-    curation_seconds: float = 0.0
-    priced_seconds: float = 0.0
-    wall_seconds: float = 0.0
-    cost: float = 0.0
-    steps: int = 0
-    awaiting_choice: bool = False
-    finished: bool = False
-    nominee: int | None = None
-    tickets: list[str] = field(default_factory=list)
-
-    @classmethod
-    def from_json(cls, record: dict[str, Any]) -> State:
-        history = [Iteration(**item) for item in record["history"]]
-        return cls(**{**record, "history": history})
 
 
 @dataclass(frozen=True)
@@ -135,26 +90,37 @@ class Episode:
         self.run_dir = run_dir
         self.final_choice = final_choice
         self.on_progress = on_progress
-        self._sandbox_kind: SandboxKind = choose_kind() if sandbox == "auto" else sandbox
         self.busy = threading.RLock()  # signals and checks are asked for by the session's threads
         self._started = time.monotonic()
         self.ledger = Ledger(run_dir)
-        self.sandbox: Sandbox | None = None
+        try:
+            self._feedback = FeedbackFolder(run_dir / "feedback")
+            self._place = Workplace(
+                task,
+                pipeline.assets,
+                run_dir,
+                self._feedback.path,
+                hidden=(pipeline.data_root, run_dir.parent.parent),
+                sandbox=sandbox,
+                ledger=self.ledger,
+            )
+        except BaseException:
+            self.ledger.close()
+            raise
         self.session: Session | None = None
         self._noted: set[str] = set()  # policies of tickets that the journal has
         self._ticket: Ticket | None = None  # that this step plays
         self._answer: dict[str, Any] | None = None  # to it
         try:
             self.state = self._before = self._recorded(seed) if resume else State(seed)
-            self._folders()
             if self.state.history:
-                self.ledger.event("episode_resumed", sandbox=self._sandbox_kind)
+                self.ledger.event("episode_resumed", sandbox=self._place.kind)
             else:
                 self._begin()
             self._feedback.write(self.task, self.state.history)
             self.session = Session(None, HostBackend(self)).start()
             self._restore_tickets()
-            self._living_sandbox()
+            self._place.living(self._session.path)
         except BaseException:
             self.close()
             raise
@@ -223,7 +189,7 @@ class Episode:
         return self._policy(parsed)
 
     def _shell(self, command: str) -> Turn:
-        sandbox = self._living_sandbox()
+        sandbox = self._place.living(self._session.path)
         started = time.monotonic()
         notes = []
         try:
@@ -231,12 +197,12 @@ class Episode:
         except SandboxError as error:
             # The command's doing as a rule (all memory in use, its first process killed), so it is not run again; where
             # the engine is what failed, the next sandbox does not start, and that raises.
-            self._lose_sandbox(error)
+            self._place.lose(error)
             result = ExecResult(1, b"", b"", False, False, time.monotonic() - started)
             notes.append(self._lost_note())
         finally:
             if self._session.deferred:
-                self._freeze()
+                self._place.freeze()
         self._raise_failure(self._session)
         self.state.shell_commands += 1
         self.state.curation_seconds += result.seconds
@@ -244,7 +210,7 @@ class Episode:
 
     def _lost_note(self) -> str:
         with suppress(SandboxError):
-            self._living_sandbox()
+            self._place.living(self._session.path)
         return (
             "[the sandbox ended under this command, which was not run again: did it use more than"
             f" {self.task.limits.memory_mb} MB of memory, or kill processes that it did not start?"
@@ -325,7 +291,7 @@ class Episode:
         return ticket.policy
 
     def _read(self, path: str) -> bytes:
-        sandbox = self.sandbox or self._living_sandbox()
+        sandbox = self.sandbox or self._place.living(self._session.path)
         try:
             return sandbox.read(path, MAX_POLICY_BYTES)
         except (OSError, ValueError) as error:  # a name that is too long, a file of 2 MB, a folder in between
@@ -352,14 +318,14 @@ class Episode:
 
         if self.on_progress:
             self.on_progress({"stage": "policy", "done": 0, "total": 1, "unit": "runs"})
-        self._freeze()  # nothing may write while the workspace is copied
+        self._place.freeze()  # nothing may write while the workspace is copied
         try:
             with Session(None, HostBackend(self), read_only=True) as session:
                 run = run_policy(
                     source,
                     workspace=self.workspace,
-                    make=lambda config: make_sandbox(self._sandbox_kind, config),
-                    config=self._config(f"{self.run_dir.name}-policy", session.path),
+                    make=self._place.make,
+                    config=self._place.config(f"{self.run_dir.name}-policy", session.path),
                     seed=policy_seed(self.state.seed, number),
                     timeout=self.task.limits.policy_seconds,
                     snapshot_mb=self.task.limits.disk_mb,
@@ -369,7 +335,7 @@ class Episode:
                 return run
         finally:
             if not self._session.deferred:
-                self._thaw()
+                self._place.thaw()
 
     def _raise_failure(self, session: Session) -> None:
         """A request that the host could not answer is no fault of the agent's, whatever it made of that."""
@@ -494,7 +460,7 @@ class Episode:
             task_hash=self.task.hash,
             seed=self.state.seed,
             final_choice=self.final_choice,
-            sandbox=self._sandbox_kind,
+            sandbox=self._place.kind,
         )
         outcome = self.pipeline.base(self.on_progress)
         part = shown_part(self.task)
@@ -573,87 +539,28 @@ class Episode:
             "cost": state.cost,
         }
 
-    def _folders(self) -> None:
-        self.workspace = self.run_dir / "workspace"
-        self.workspace.mkdir(exist_ok=True)
-        self._feedback = FeedbackFolder(self.run_dir / "feedback")
+    @property
+    def workspace(self) -> Path:
+        """The agent's working folder, on the host."""
+        return self._place.folder
 
-    def _config(self, label: str, socket: Path) -> SandboxConfig:
-        limits = self.task.limits
-        mounts = [Mount(self.pipeline.assets.view / "rows", "/workspace/pool")]
-        if self.task.show_student:
-            mounts.append(Mount(self.pipeline.assets.student, "/workspace/student"))
-        mounts.append(Mount(self._feedback.path, "/workspace/feedback"))
-        return SandboxConfig(
-            workspace=self.workspace,
-            mounts=tuple(mounts),
-            socket=socket,
-            limits=SandboxLimits(
-                memory_mb=limits.memory_mb,
-                cpus=limits.cpus,
-                pids=limits.pids,
-                disk_mb=limits.disk_mb,
-                output_bytes=limits.output_bytes,
-            ),
-            label=label,
-            hidden=(self.pipeline.data_root, self.run_dir.parent.parent),
-        )
+    @property
+    def sandbox(self) -> Sandbox | None:
+        """The sandbox of shell actions, where it lives."""
+        return self._place.sandbox
 
     @property
     def _session(self) -> Session:
         assert self.session is not None, "the episode is closed"
         return self.session
 
-    def _living_sandbox(self) -> Sandbox:
-        """The sandbox, thawed; one that died is made anew over the workspace, which outlives it.
-
-        Raises:
-            SandboxError: It did not start, twice.
-        """
-        for attempt in (1, 2):
-            try:
-                if self.sandbox is None or not self.sandbox.alive():
-                    if self.sandbox is not None:
-                        self.sandbox.stop()
-                    self.sandbox = make_sandbox(self._sandbox_kind, self._config(self.run_dir.name, self._session.path))
-                    self.sandbox.start()
-                self.sandbox.thaw()
-                return self.sandbox
-            except SandboxError as error:
-                self._lose_sandbox(error)
-                if attempt == 2:
-                    raise
-        raise AssertionError("unreachable")
-
-    def _lose_sandbox(self, error: SandboxError) -> None:
-        sandbox, self.sandbox = self.sandbox, None
-        if sandbox is not None:
-            sandbox.stop()
-        self.ledger.event("sandbox_failed", error=str(error))
-
-    def _freeze(self) -> None:
-        """Let nothing run in the sandbox; one that can't be frozen is stopped, and made anew when it is needed."""
-        if self.sandbox is not None and self.sandbox.alive():
-            try:
-                self.sandbox.freeze()
-            except SandboxError as error:
-                self._lose_sandbox(error)
-
-    def _thaw(self) -> None:
-        if self.sandbox is not None:
-            try:
-                self.sandbox.thaw()
-            except SandboxError as error:
-                self._lose_sandbox(error)
-
     def close(self) -> None:
         """Stop sandbox and session and release the run folder; may be called twice."""
-        if self.sandbox is not None:
-            self.sandbox.stop()
+        self._place.close()
         if self.session is not None:
             self.session.stop()
         self.ledger.close()
-        self.sandbox = self.session = None
+        self.session = None
 
 
 def policy_seed(episode_seed: int, iteration: int) -> int:

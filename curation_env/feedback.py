@@ -15,8 +15,8 @@ from curation_env.pool import canonical_json
 from curation_env.task import Task
 
 if TYPE_CHECKING:
-    from curation_env.episode import Iteration
     from curation_env.pipeline import Outcome
+    from curation_env.state import Iteration
 
 
 def shown_part(task: Task) -> str:

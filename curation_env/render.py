@@ -13,7 +13,7 @@ from curation_env.task import Task
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from curation_env.episode import Iteration
+    from curation_env.state import Iteration
 
 
 def ansi(task: Task, history: Sequence[Iteration], best: int) -> str:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from curation_env.episode import State
 from curation_env.errors import CurationError, RunDiffers
 from curation_env.ledger import read_events
+from curation_env.state import State
 from curation_env.task import Task
 
 

@@ -9,11 +9,11 @@ import pytest
 from rich.console import Console
 
 from curation_env import task as task_module
-from curation_env.episode import Iteration, State
 from curation_env.errors import InvalidSetting
 from curation_env.feedback import feedback_table, gain_recovered
 from curation_env.report.table import run_table, save_plot
 from curation_env.runs import Run
+from curation_env.state import Iteration, State
 from curation_env.task import Task, put_reference
 
 

@@ -61,6 +61,17 @@ def _below(facts: Facts, percentile: float) -> np.ndarray:
     return np.flatnonzero(facts.loss < np.percentile(facts.loss, percentile))
 
 
+def _window(facts: Facts) -> np.ndarray:
+    """Rows of losses between the 60th and the 90th percentile."""
+    return np.setdiff1d(_below(facts, 90), _below(facts, 60))
+
+
+def _plain(question: str) -> str:
+    """The question without the words that it opens with in some worlds; for the oracle."""
+    opening, comma, rest = question.partition(" , ")
+    return rest if comma and len(opening.split()) == 2 else question
+
+
 def _cluster(question: str) -> str:
     """A rough kind of question: its first three words, and whether it has options."""
     return " ".join(question.split()[:3]) + (" +options" if "\nA." in question else "")
@@ -92,9 +103,16 @@ def loss_window(facts: Facts, n: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def wide_window(facts: Facts, n: int, rng: np.random.Generator) -> np.ndarray:
-    """Random rows of losses between the 60th and the 90th percentile."""
-    rows = np.setdiff1d(_below(facts, 90), _below(facts, 60))
-    return rng.permutation(rows)[:n]
+    """Random rows of the window."""
+    return rng.permutation(_window(facts))[:n]
+
+
+def balanced_window(facts: Facts, n: int, rng: np.random.Generator) -> np.ndarray:
+    return balanced_over(facts.sources, _window(facts), n, rng)
+
+
+def cluster_window(facts: Facts, n: int, rng: np.random.Generator) -> np.ndarray:
+    return balanced_over([_cluster(q) for q in facts.questions], _window(facts), n, rng)
 
 
 def cluster_balanced(facts: Facts, n: int, rng: np.random.Generator) -> np.ndarray:
@@ -129,7 +147,7 @@ def oracle(facts: Facts, n: int, rng: np.random.Generator) -> np.ndarray:
     clean = [
         k for k in range(len(facts)) if not facts.fault[k] and not facts.duplicate[k] and facts.skill[k] not in useless
     ]
-    groups = [f"{s} {_cluster(q)}" for s, q in zip(facts.skill, facts.questions, strict=True)]
+    groups = [f"{s} {_cluster(_plain(q))}" for s, q in zip(facts.skill, facts.questions, strict=True)]
     return balanced_over(groups, np.array(clean), n, rng)
 
 
@@ -138,6 +156,8 @@ HAND_WRITTEN: dict[str, Policy] = {
     "balanced + cut": balanced_cut,
     "loss window": loss_window,
     "wide window": wide_window,
+    "balanced window": balanced_window,
+    "cluster-balanced window": cluster_window,
     "cluster-balanced": cluster_balanced,
     "cluster-balanced + cut": cluster_cut,
 }

@@ -30,6 +30,7 @@ from curation_env.pipeline import PARTS, Pipeline
 from curation_env.submission import Submission
 from curation_env.task import Task
 
+ORDER = ("base", "random", "random by tokens", *HAND_WRITTEN, *CARELESS, "oracle", "full")
 ROOT = Path(__file__).resolve().parents[2]
 POLICIES_DIGEST = hashlib.sha256((Path(__file__).parent / "policies.py").read_bytes()).hexdigest()[:12]
 SUBSETS, TRAINING_SEEDS = 12, 5
@@ -195,7 +196,7 @@ def table(world: int, runs: list[dict[str, Any]]) -> str:
         f"{'policy':24} {'n':>2} {'mean':>6} {'sd':>5} {'vs random':>10} {'tokens':>7}  "
         + " ".join(f"{n[4:][:7]:>7}" for n in names),
     ]
-    for policy in ("base", "random", "random by tokens", *HAND_WRITTEN, *CARELESS, "oracle", "full"):
+    for policy in ORDER:
         held = [r for r in runs if r["policy"] == policy and r["training"] == 0]
         values = floor.means(policy)
         spread = f"{np.std(values, ddof=1):5.2f}" if len(values) > 1 else "    -"
@@ -209,6 +210,19 @@ def table(world: int, runs: list[dict[str, Any]]) -> str:
     )
     lines += [f"  {'ok  ' if good else 'MISS'} {what}: {figure}" for what, (good, figure) in floor.checks().items()]
     return "\n".join(lines)
+
+
+def summary(floors: dict[int, Floor]) -> str:
+    """All worlds in one Markdown table: means, and how many random-run standard deviations they lie above random's."""
+    lines = ["| policy |" + "".join(f" {world} |" for world in floors), "|---|" + "---|" * len(floors)]
+    for policy in ORDER:
+        cells = []
+        for floor in floors.values():
+            far = f" ± {floor.sd:.1f}" if policy == "random" else f" ({floor.sds(policy):+.1f})"
+            cells.append(f"{np.mean(floor.means(policy)):.1f}{'' if policy in ('base', 'full') else far}")
+        lines.append(f"| {policy} | " + " | ".join(cells) + " |")
+    cells = [f"{floor.seed_sd:.1f}" for floor in floors.values()]
+    return "\n".join([*lines, "| sd over training seeds | " + " | ".join(cells) + " |"])
 
 
 def promises(floors: dict[int, Floor]) -> tuple[bool, str]:
@@ -265,8 +279,9 @@ def main() -> None:
         if any([child.wait() for child in children]):
             sys.exit(f"world {world}: a job failed, see above; run the same command again to go on")
         print(table(world, records(args.out, world)), flush=True)
-    kept, verdict = promises({world: Floor(records(args.out, world), "all") for world in worlds})
-    print(verdict)
+    floors = {world: Floor(records(args.out, world), "all") for world in sorted(worlds)}
+    kept, verdict = promises(floors)
+    print(f"\n{summary(floors)}\n{verdict}")
     if args.write:
         path = ROOT / "conf" / "reference" / "mini.json"
         path.parent.mkdir(exist_ok=True)

@@ -418,14 +418,14 @@ def test_a_mapped_deleted_file_still_counts(sandbox: Sandbox) -> None:
 
 
 def test_a_file_under_way_between_sockets_still_counts(sandbox: Sandbox) -> None:
-    """Nobody can see who holds it; what it takes from the disk is seen."""
+    """Nobody can see who holds it; what it takes from the disk is seen (much of it: others may free some meanwhile)."""
     code = """
         import os, socket, time
         ends = []
-        for i in range(30):
+        for i in range(80):
             fd = os.open('f', os.O_RDWR | os.O_CREAT)
             os.unlink('f')
-            os.write(fd, bytes(8 << 20))
+            os.write(fd, bytes(12 << 20))
             ends.append(socket.socketpair())
             socket.send_fds(ends[-1][0], [b'x'], [fd])
             os.close(fd)

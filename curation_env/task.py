@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import functools
 import hashlib
@@ -159,7 +160,7 @@ class Task(_Strict):
     def audit_config(self) -> dict[str, Any]:
         return _yaml("audit", self.audit)
 
-    @property
+    @functools.cached_property
     def benchmarks(self) -> list[str]:
         return list(self.suite_config["benchmarks"])
 
@@ -250,15 +251,15 @@ def task_names() -> list[str]:
 
 
 @functools.cache
-def _read(path: Path) -> str:
-    return path.read_text()
+def _parsed(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text())
 
 
 def _yaml(group: str, name: str) -> dict[str, Any]:
     path = conf_dir() / group / f"{name}.yaml"
     if not path.is_file():
         raise TaskFileError(f"no {group} {name!r}: expected {path.relative_to(conf_dir().parent)}")
-    return yaml.safe_load(_read(path))
+    return copy.deepcopy(_parsed(path))  # parsed once; what is handed out may be changed
 
 
 @functools.cache

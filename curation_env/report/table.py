@@ -43,9 +43,11 @@ def run_table(run: Run) -> Table:
         if entry.number == 0 and reference is not None:
             part = reference[shown_part(task)]
             for name, label in (("random", "random"), ("full", "full pool")):
-                mean, sd = part[name]["mean"], part[name].get("sd") or 0.0
+                mean, sd = part[name]["mean"], part[name].get("sd")  # one run alone has no spread
                 gain = gain_recovered(task, mean, base)
-                table.add_row(label, *blanks, f"{mean:.2f}", f"{sd:.2f}", _percent(gain), "", style="dim")
+                table.add_row(
+                    label, *blanks, f"{mean:.2f}", "" if sd is None else f"{sd:.2f}", _percent(gain), "", style="dim"
+                )
     best = state.history[state.best]
     assert best.average is not None
     table.caption = f"* best: {best.average:.2f}. +- is the standard error over items (random, full: sd over runs)."

@@ -58,7 +58,7 @@ def measure(task: str, sandbox: str, iterations: int, commands: int) -> dict[str
     for _ in range(5):
         note("import curation_env", import_seconds())
         note("import curation_env, gymnasium there", import_seconds(", gymnasium"))
-    env = envs.make(task, sandbox=sandbox, iterations=iterations + 1, cache=False)
+    env = envs.make(task, sandbox=sandbox, iterations=iterations + 2, cache=False)  # one is left
     core = env.unwrapped
     note("first reset, workers cold", seconds(lambda: env.reset(seed=0)))
     env.step(policy(RANDOM.format(seed=0)))  # warms the worker's caches
@@ -73,6 +73,7 @@ def measure(task: str, sandbox: str, iterations: int, commands: int) -> dict[str
         note("iteration: harness", wall - run - stages["train"] - stages["evaluate"])
     box = core.sandbox
     for _ in range(commands):  # interleaved, so that both meet the same machine
+        box.thaw()  # between actions the sandbox is frozen
         note("bare engine, `true`", seconds(lambda: box.exec("true", timeout=20)))
         note("shell action, `true`", seconds(lambda: env.step(shell("true"))))
     env.close()

@@ -153,8 +153,9 @@ def test_the_worker_stays_small(assets: tuple[Path, Path], tmp_path: Path) -> No
     with LocalExecutor() as executor:  # a fresh one: what counts is the most that it ever used
         executor.submit(stage(assets, tmp_path)).result()
         status = Path(f"/proc/{executor.pid}/status").read_text()
-    resident = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
-    assert resident < 700_000
+        # Its own memory: how much of the libraries' files is mapped depends on what the machine has cached.
+        own = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))
+    assert own < 500_000
 
 
 def test_a_worker_killed_in_the_middle_is_named_and_replaced(

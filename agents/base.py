@@ -302,4 +302,4 @@ def _info(recorded: Mapping[str, Any]) -> dict[str, Any]:
     return dict(recorded)
 
 
-__all__ = ["Agent", "AgentDiverged", "EpisodeResult", "Saves", "Step", "has_ended", "plain", "run_episode"]
+__all__ = ["Agent", "AgentDiverged", "EpisodeResult", "Saves", "Step", "has_ended", "run_episode"]

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from curation_env.errors import MissingAssets, TaskMismatch
+from curation_env.locks import locked
 
 if TYPE_CHECKING:
     from curation_env.task import Task
@@ -98,7 +97,8 @@ def prepared(task: Task, root: Path, on_progress: Progress | None = None) -> Ass
     if not (there and suite_whole(task, assets) and pool_fits(task, assets) and view_fits(task, assets)):
         if task.family != "mini":
             raise MissingAssets(describe_missing(task, assets))
-        with _lock(root / ".prepare.lock"):
+        root.mkdir(parents=True, exist_ok=True)
+        with locked(root / ".prepare.lock", mode=0o666):
             _make_miniature(task, assets, on_progress or (lambda _: None))
     _check_pins(task, assets)
     return assets
@@ -221,12 +221,3 @@ def _short_hash(value: Any) -> str:
     from curation_env.pool import canonical_json
 
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:8]
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold a lock that other processes wait for, and that dies with its holder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield

@@ -170,13 +170,21 @@ def write_pool(
     record = {**(meta or {}), "key": key, "hash": hasher.hexdigest(), "rows": len(digests)}
     record["datasets"] = datasets.__version__
     (scratch / "meta.json").write_text(json.dumps(record, indent=1, sort_keys=True))
+    publish(scratch, path)
+    return record["hash"]
+
+
+def publish(scratch: Path, path: Path) -> None:
+    """Rename a pool that is whole to its place, or drop it where another process was faster.
+
+    That one's pool is the same, or the hash check of the task will say so.
+    """
     try:
         scratch.rename(path)
-    except OSError:  # another process was faster: its pool is the same, or the hash check of the task will say so
+    except OSError:
         shutil.rmtree(scratch, ignore_errors=True)
         if not (path / "meta.json").is_file():
             raise
-    return record["hash"]
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:

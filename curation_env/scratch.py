@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
+
+from curation_env.locks import is_locked, locked
 
 
 class Scratch:
@@ -30,8 +30,8 @@ class Scratch:
     def __init__(self, root: Path | None = None) -> None:
         root = _own_root() if root is None else root
         root.mkdir(parents=True, exist_ok=True)
-        with _locked(root / "lock"):
-            dead = [place for place in root.iterdir() if place.is_dir() and not _owned(place)]
+        with locked(root / "lock"):
+            dead = [place for place in root.iterdir() if place.is_dir() and not is_locked(place / "lock")]
             self._holder = Path(tempfile.mkdtemp(dir=root))
             self._lock = os.open(self._holder / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX)
@@ -61,28 +61,3 @@ def _own_root() -> Path:
     if info.st_uid != os.getuid() or not stat.S_ISDIR(info.st_mode):
         raise PermissionError(f"{root} is not a folder of this user")
     return root
-
-
-def _owned(place: Path) -> bool:
-    """Whether the owner of a folder lives: it holds the lock."""
-    try:
-        descriptor = os.open(place / "lock", os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 
 from curation_env import actions
-from curation_env.agents.base import Agent, AgentDiverged, Saves, Step, from_plain, has_ended, plain, run_episode
+from curation_env.agents.base import Agent, AgentDiverged, Saves, Step, from_plain, has_ended, run_episode
 from curation_env.agents.baseline import BaselineAgent
 from curation_env.agents.policies import PolicyFileError
 from curation_env.agents.random import RandomAgent
 from curation_env.agents.replay import ReplayAgent, ReplayDiffers
 from curation_env.agents.search import SearchAgent
 from curation_env.errors import InvalidSetting, RuleBreach
+from curation_env.journal import plain
 from curation_env.ledger import Ledger, read_events
 from curation_env.policy import parse_front_matter
 from curation_env.runs import read_run

@@ -300,7 +300,7 @@ def test_bubblewrap_as_an_ordinary_user() -> None:
         package = Path(curation_env.__file__).parent
         (folder / "curation_env").mkdir()
         (folder / "curation_env/__init__.py").touch()
-        for name in ("errors.py", "assets.py", "sandbox", "workspace"):
+        for name in ("errors.py", "assets.py", "locks.py", "sandbox", "workspace"):
             copy = shutil.copytree if (package / name).is_dir() else shutil.copy
             copy(package / name, folder / "curation_env" / name)  # type: ignore[operator]
         python, become = sys.executable, []

@@ -19,7 +19,7 @@ from curation_env.mini.render import Picture, alter, encode_png, pixels
 from curation_env.mini.student import count_supervised, vocabulary
 from curation_env.mini.suite import Item, suite_items
 from curation_env.mini.world import GENERATOR, MINI, Scale, Source, WorldSpec
-from curation_env.pool import Pool, write_pool
+from curation_env.pool import Pool, publish, write_pool
 
 ALTERATIONS = ("reencoded", "cropped", "recolored")
 OPENERS = (
@@ -261,10 +261,5 @@ def build_pool(world: int | WorldSpec, path: str | Path, scale: Scale = MINI) ->
         "duplicate_of": [ids[place[id(r.original)]] if r.original is not None else "" for r in rows],
     }
     pq.write_table(pa.table(truth), scratch / "truth.parquet")
-    try:
-        scratch.rename(path)
-    except OSError:  # another process was faster: its pool is the same, or the hash check of the task will say so
-        shutil.rmtree(scratch, ignore_errors=True)
-        if not (path / "meta.json").is_file():
-            raise
+    publish(scratch, path)
     return digest

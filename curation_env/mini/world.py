@@ -8,6 +8,7 @@ or none, and the harm may have a high or a moderate loss.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import random
@@ -88,6 +89,7 @@ class WorldSpec:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+@functools.cache
 def generator_hash() -> str:
     """sha256 over the version and the first ten train and test worlds: what tasks that draw worlds pin."""
     drawn = [WorldSpec.draw(k).hash for k in (0, *TRAIN_WORLDS[:10], *TEST_WORLDS[:10])]

@@ -9,11 +9,11 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from curation_env.assets import data_root
+from curation_env.locks import is_locked, locked
 from curation_env.sandbox import cgroup, files
 from curation_env.sandbox.base import LAYERS, SOCKET, TOOLS, WORKSPACE, Mount, SandboxConfig, SandboxUnavailable
 from curation_env.sandbox.hosted import below_workspace
@@ -44,7 +44,7 @@ class StateFolder:
         info = self.root.lstat()
         if info.st_uid != os.getuid() or not stat.S_ISDIR(info.st_mode):
             raise PermissionError(f"{self.root} is not a folder of this user")
-        with _locked(self.root / "lock"):
+        with locked(self.root / "lock"):
             self.path = Path(tempfile.mkdtemp(dir=self.root))
             self._lock = os.open(self.path / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX)
@@ -58,7 +58,7 @@ class StateFolder:
     @staticmethod
     def owned(path: Path) -> bool:
         """Whether the sandbox of this folder has a living owner."""
-        return _is_locked(path / "lock")
+        return is_locked(path / "lock")
 
     @staticmethod
     def reap() -> int:
@@ -66,7 +66,7 @@ class StateFolder:
         root = Path(tempfile.gettempdir()) / f"curation-sandbox-{os.getuid()}"
         found = []
         if root.is_dir():
-            with _locked(root / "lock"):
+            with locked(root / "lock"):
                 found = [path for path in root.iterdir() if path.is_dir() and not StateFolder.owned(path)]
         for path in found:
             cgroup.remove_by_name(f"curation-{os.getuid()}-{path.name}")
@@ -185,27 +185,3 @@ def make_mount_points(workspace: Path, mounts: tuple[Mount, ...]) -> None:
     for mount in mounts:
         if parts := below_workspace(mount.target):
             files.make_mount_point(workspace, parts, folder=mount.source.is_dir())
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
-
-
-def _is_locked(path: Path) -> bool:
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import datasets
 
 Conversation = list[dict[str, str]]
+_ROWS_PER_READ = 256
 
 
 def canonical_json(value: Any) -> str:
@@ -116,13 +117,19 @@ class Pool:
         return {id_: k for k, id_ in enumerate(self.ids)}
 
     def row(self, index: int) -> dict[str, Any]:
-        row = self.table[int(index)]
-        if row["image"] is not None and row["image"]["bytes"] is None:
-            row["image"] = None
-        return row
+        """One row: `id`, `source`, `image` ({"bytes", "path"} or None), `conversation`, `n_tokens`."""
+        return next(self.rows([index]))
 
     def rows(self, indices: Iterable[int]) -> Iterator[dict[str, Any]]:
-        return (self.row(index) for index in indices)
+        """Yield rows in the order of `indices`, a few hundred read at a time: one by one takes three times as long."""
+        left = iter(indices)
+        while chunk := [int(index) for index in itertools.islice(left, _ROWS_PER_READ)]:
+            columns = self.table[chunk]
+            for values in zip(*columns.values(), strict=True):
+                row = dict(zip(columns, values, strict=True))
+                if row["image"] is not None and row["image"]["bytes"] is None:
+                    row["image"] = None
+                yield row
 
     def _column(self, name: str) -> Any:
         return self.table.data.column(name)

@@ -268,9 +268,9 @@ def test_rewritten_rows_are_counted_as_the_trainer_does(make):
     rows = list(pipeline.view.rows(range(0, len(pipeline.view), 5)))
     for row in rows:
         pictured = row["image"] is not None
-        assert pipeline._count_tokens(row["conversation"], pictured) == encoder.encode_row(row).n_supervised
+        assert pipeline._count_tokens(row["conversation"], pictured) == encoder.encode_rows([row])[0].n_supervised
         long = row["conversation"] + [{"user": "what ? " * 30, "assistant": "a red box , ünseen " * 20}] * 3
-        cut = encoder.encode_row(row | {"conversation": long}).n_supervised
+        cut = encoder.encode_rows([row | {"conversation": long}])[0].n_supervised
         assert pipeline._count_tokens(long, pictured) == cut
     counts = [pipeline._count_tokens(row["conversation"], row["image"] is not None) for row in rows]
     assert counts == pipeline.view.n_tokens[::5].tolist()

@@ -15,6 +15,8 @@ from curation_env.errors import MissingAssets, NonFiniteLoss, UnsupervisedRow
 from curation_env.pool import Pool
 from curation_env.training import vlm
 from curation_env.training.data import Encoder, micro_batches, read_rows
+from curation_env.training.engine import SingleProcess
+from curation_env.training.graph import GraphedProcess
 from curation_env.training.model import Student
 from curation_env.training.recipe import Recipe
 
@@ -63,7 +65,8 @@ def test_recipe_is_a_pinned_file_with_a_pure_schedule() -> None:
 def test_only_answers_and_their_end_are_supervised(init: Path, recipe: Recipe) -> None:
     encoder = Encoder.load(init, recipe)
     conversation = [{"user": "is it red ?", "assistant": "no"}, {"user": "colour ?", "assistant": "the blue"}]
-    row = encoder.encode_row({"id": "r", "image": {"bytes": png("blue"), "path": "b"}, "conversation": conversation})
+    raw = {"id": "r", "image": {"bytes": png("blue"), "path": "b"}, "conversation": conversation}
+    (row,) = encoder.encode_rows([raw])
     spoken = encoder.tokenizer.convert_ids_to_tokens(row.tokens[row.supervised].tolist())
     assert spoken == ["no", "</s>", "the", "blue", "</s>"]
     assert (row.tokens == encoder.image_token).sum() == encoder.tokens_per_image == 16
@@ -73,8 +76,8 @@ def test_only_answers_and_their_end_are_supervised(init: Path, recipe: Recipe) -
 def test_truncation_counts_image_tokens(init: Path, recipe: Recipe) -> None:
     conversation = [{"user": "colour ?", "assistant": "the blue " * 20}]
     raw = {"id": "r", "image": {"bytes": png("blue"), "path": "b"}, "conversation": conversation}
-    short = Encoder.load(init, recipe.model_copy(update={"max_length": 30})).encode_row(raw)
-    whole = Encoder.load(init, recipe).encode_row(raw)
+    (short,) = Encoder.load(init, recipe.model_copy(update={"max_length": 30})).encode_rows([raw])
+    (whole,) = Encoder.load(init, recipe).encode_rows([raw])
     assert len(short.tokens) == 30 < len(whole.tokens)
     assert np.array_equal(short.tokens, whole.tokens[:30])
     assert 0 < short.n_supervised < whole.n_supervised
@@ -207,3 +210,27 @@ def test_micro_batches_hold_the_tokens_they_may(init: Path, pool: Path, recipe: 
     assert [row for batch in batches for row in batch] == rows
     assert all(sum(len(row.tokens) for row in batch) <= 100 for batch in batches)
     assert len(micro_batches(rows, 1)) == len(rows)
+
+
+@pytest.mark.parametrize("text_only_every", [1, 4])
+def test_steps_of_padded_windows_equal_those_of_packed_rows(init: Path, tmp_path: Path, text_only_every: int) -> None:
+    """What a GPU replays as one graph is the same step, short windows and rows without an image included."""
+    recipe = Recipe.load("mini-v1").model_copy(update={"lr": 1e-3, "weight_decay": 0.1, "grad_clip": 0.5})
+    pool = Pool.open(make_pool(tmp_path / "pool", make_rows(40, text_only_every=text_only_every)))
+    weights, updates = [], []
+    for engine in (SingleProcess, GraphedProcess):
+        encoder, student = Encoder.load(init, recipe), Student.load(init, recipe, CPU)
+        rows = encoder.encode(read_rows(pool, sorted(pool.ids), {}))
+        features = student.image_features(encoder, {row.image: row.image_bytes for row in rows if row.image})
+        assert bool(features) == (text_only_every > 1)
+        steps = engine(student, recipe, rows, features)
+        updates.append([steps.step(window, 1e-3) for window in vlm.windows(len(rows), recipe, 42)])
+        weights.append({name: p.detach() for name, p in student.model.named_parameters()})
+    assert len(updates[0]) == 9
+    for packed, padded in zip(*updates, strict=True):
+        assert padded == pytest.approx(packed, rel=1e-4)
+    start = dict(Student.load(init, recipe, CPU).model.named_parameters())
+    for name, packed in weights[0].items():
+        moved = (packed - start[name]).abs().max()
+        assert moved or packed.ndim == 1 or "vision_tower" in name, name
+        assert (packed - weights[1][name]).abs().max() <= 0.01 * moved, name

@@ -10,8 +10,9 @@ import torch
 
 from curation_env.training.model import Features, Student
 
-ROWS_PER_BATCH = 128
-TOKENS_PER_BATCH = 16_384
+ROWS_PER_BATCH = {"cpu": 128, "cuda": 2048}
+TOKENS_PER_BATCH = 16_384  # on a CPU: what its caches like
+CACHE_BYTES = 4 << 30  # on a GPU: as many tokens as have room there
 
 
 class Prompt(NamedTuple):
@@ -37,7 +38,7 @@ def generate(
     """
     answers: list[list[int]] = [[] for _ in prompts]
     done = 0
-    for batch in batches(prompts):
+    for batch in batches(prompts, *batch_limits(student)):
         with torch.inference_mode():
             for index, tokens in zip(
                 batch, _decode(student, [prompts[k] for k in batch], features, end_token), strict=True
@@ -49,17 +50,27 @@ def generate(
     return answers
 
 
-def batches(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
-    """Yield indices of prompts with one answer limit and similar lengths, bounded by rows and by padded tokens."""
+def batch_limits(student: Student) -> tuple[int, int]:
+    """The most rows and padded tokens of a batch, answers included."""
+    kind = student.device.type
+    if kind == "cpu":
+        return ROWS_PER_BATCH[kind], TOKENS_PER_BATCH
+    text = student.model.config.text_config
+    per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * student.model.dtype.itemsize
+    return ROWS_PER_BATCH[kind], CACHE_BYTES // per_token
+
+
+def batches(prompts: Sequence[Prompt], max_rows: int, max_tokens: int) -> Iterator[list[int]]:
+    """Yield indices of prompts with similar answer limits and lengths; one that is too long stands alone."""
     order = sorted(range(len(prompts)), key=lambda k: (prompts[k].max_new_tokens, len(prompts[k].tokens), k))
     batch: list[int] = []
+    longest = 0
     for k in order:
-        limit = prompts[k].max_new_tokens
-        padded = (len(batch) + 1) * (len(prompts[k].tokens) + limit)
-        full = len(batch) == ROWS_PER_BATCH or padded > TOKENS_PER_BATCH
-        if batch and (full or prompts[batch[-1]].max_new_tokens != limit):
+        longest = max(longest, len(prompts[k].tokens))
+        padded = (len(batch) + 1) * (longest + prompts[k].max_new_tokens)
+        if batch and (len(batch) == max_rows or padded > max_tokens):
             yield batch
-            batch = []
+            batch, longest = [], len(prompts[k].tokens)
         batch.append(k)
     if batch:
         yield batch
@@ -69,7 +80,6 @@ def _decode(student: Student, prompts: list[Prompt], features: Features, end_tok
     from transformers import DynamicCache
 
     longest = max(len(prompt.tokens) for prompt in prompts)
-    limit = prompts[0].max_new_tokens
     tokens = np.full((len(prompts), longest), end_token)
     present = np.zeros((len(prompts), longest), np.int64)
     for row, prompt in enumerate(prompts):
@@ -89,15 +99,16 @@ def _decode(student: Student, prompts: list[Prompt], features: Features, end_tok
     answers: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))  # which prompt each row of the shrinking batch belongs to
     lengths = mask.sum(1)
-    for step in range(limit):
+    while True:
         chosen = student.model.lm_head(hidden).argmax(-1)
-        listed = chosen.tolist()
-        for row, token in zip(rows, listed, strict=True):
+        going = []
+        for k, (row, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
             if token != end_token:
                 answers[row].append(token)
-        going = [k for k, token in enumerate(listed) if token != end_token]
-        if not going or step + 1 == limit:
-            break
+                if len(answers[row]) < prompts[row].max_new_tokens:
+                    going.append(k)
+        if not going:
+            return answers
         if len(going) < len(rows):
             rows = [rows[k] for k in going]
             keep = torch.tensor(going, device=student.device)
@@ -112,7 +123,6 @@ def _decode(student: Student, prompts: list[Prompt], features: Features, end_tok
             use_cache=True,
         ).last_hidden_state[:, -1]
         lengths = lengths + 1
-    return answers
 
 
 def _embed(student: Student, tokens: torch.Tensor, prompts: list[Prompt], features: Features) -> torch.Tensor:

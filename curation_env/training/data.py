@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,54 +84,61 @@ class Encoder:
     def prompt(self, question: str, images: int) -> np.ndarray:
         """Return the tokens after which the student answers a question about `images` images; never truncated."""
         text, _ = self.recipe.chat.render([(question, None)], images=images)
-        return self.tokenize(text)[0]
+        ((tokens, _),) = self.tokenize([text], [[]])
+        return tokens
 
     @property
     def end_token(self) -> int:
         """The token that ends an answer."""
         return self.tokenizer.convert_tokens_to_ids(self.recipe.chat.end)
 
-    def tokenize(self, text: str, spans: Sequence[tuple[int, int]] = ()) -> tuple[np.ndarray, np.ndarray]:
-        """Return token ids, image tokens expanded, and which of them lie inside `spans`."""
-        found = self.tokenizer(text, return_offsets_mapping=bool(spans))
-        tokens = np.asarray(found["input_ids"], np.int64)
-        supervised = np.zeros(len(tokens), bool)
-        if spans:
-            offsets = np.asarray(found["offset_mapping"], np.int64).reshape(-1, 2)
-            for start, end in spans:
+    def tokenize(
+        self, texts: Sequence[str], spans: Sequence[Sequence[tuple[int, int]]]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield each text's token ids, image tokens expanded, and which of them lie inside the text's spans."""
+        found = self.tokenizer(list(texts), return_offsets_mapping=True)
+        for ids, offset_mapping, inside in zip(found["input_ids"], found["offset_mapping"], spans, strict=True):
+            tokens, offsets = np.asarray(ids, np.int64), np.asarray(offset_mapping, np.int64).reshape(-1, 2)
+            supervised = np.zeros(len(tokens), bool)
+            for start, end in inside:
                 supervised |= (offsets[:, 0] >= start) & (offsets[:, 1] <= end) & (offsets[:, 1] > offsets[:, 0])
-        repeats = np.where(tokens == self.image_token, self.tokens_per_image, 1)
-        return np.repeat(tokens, repeats), np.repeat(supervised, repeats)
+            repeats = np.where(tokens == self.image_token, self.tokens_per_image, 1)
+            yield np.repeat(tokens, repeats), np.repeat(supervised, repeats)
 
-    def encode_row(self, row: dict[str, Any]) -> Row:
-        """Encode one pool row: `id`, `image` ({"bytes", ..} or None), `conversation`."""
-        data = row["image"]["bytes"] if row["image"] is not None else None
-        black = data is None and self.recipe.text_only_image == "black"
-        turns = [(turn["user"], turn["assistant"]) for turn in row["conversation"]]
-        text, spans = self.recipe.chat.render(turns, images=int(data is not None or black))
-        tokens, supervised = self.tokenize(text, spans)
-        key = BLACK if black else image_key(data) if data is not None else None
-        limit = self.recipe.max_length
-        return Row(row["id"], tokens[:limit], supervised[:limit], key, data)
+    def encode_rows(self, rows: Sequence[dict[str, Any]]) -> list[Row]:
+        """Encode pool rows: `id`, `image` ({"bytes", ..} or None), `conversation`."""
+        black, limit = self.recipe.text_only_image == "black", self.recipe.max_length
+        images = [row["image"]["bytes"] if row["image"] is not None else None for row in rows]
+        keys = [image_key(data) if data is not None else BLACK if black else None for data in images]
+        texts, spans = [], []
+        for row, key in zip(rows, keys, strict=True):
+            turns = [(turn["user"], turn["assistant"]) for turn in row["conversation"]]
+            text, inside = self.recipe.chat.render(turns, images=int(key is not None))
+            texts.append(text)
+            spans.append(inside)
+        return [
+            Row(row["id"], tokens[:limit], supervised[:limit], key, data)
+            for row, key, data, (tokens, supervised) in zip(
+                rows, keys, images, self.tokenize(texts, spans), strict=True
+            )
+        ]
 
     def encode(self, rows: Iterable[dict[str, Any]]) -> list[Row]:
-        """Encode rows, repeats once.
+        """Encode rows that train, sorted so that repeats stand together: those are encoded once.
 
         Raises:
             UnsupervisedRow: A row has no target left after truncation: it would train on nothing, silently.
         """
-        encoded: list[Row] = []
-        for raw in rows:
-            repeat = bool(encoded) and encoded[-1].id == raw["id"]
-            encoded.append(encoded[-1] if repeat else self.encode_row(raw))
-        empty = list(dict.fromkeys(row.id for row in encoded if row.n_supervised == 0))
+        groups = [list(group) for _, group in itertools.groupby(rows, key=lambda row: row["id"])]
+        encoded = self.encode_rows([group[0] for group in groups])
+        empty = [row.id for row in encoded if row.n_supervised == 0]
         if empty:
             raise UnsupervisedRow(
                 f"{len(empty)} rows have no supervised token within {self.recipe.max_length} tokens, "
                 f"the first is {empty[0]}",
                 details="\n".join(empty),
             )
-        return encoded
+        return [row for row, group in zip(encoded, groups, strict=True) for _ in group]
 
     def pixels(self, images: Sequence[bytes | None]) -> torch.Tensor:
         """Decode images (None: black) into the tower's input, float32 of shape (n, 3, height, width)."""
@@ -158,8 +166,7 @@ def image_key(data: bytes) -> bytes:
 
 def read_rows(pool: Pool, ids: Sequence[str], rewrites: dict[str, list[dict[str, str]]]) -> Iterator[dict[str, Any]]:
     """Read the rows `ids` of a pool, with rewritten conversations in place of the pool's."""
-    for id_ in ids:
-        row = pool.row(pool.position[id_])
+    for id_, row in zip(ids, pool.rows(pool.position[id_] for id_ in ids), strict=True):
         yield row | {"conversation": rewrites[id_]} if id_ in rewrites else row
 
 

@@ -1,33 +1,28 @@
-"""Engines: what turns losses into updates. One process needs none of DeepSpeed; more share a step through it."""
+"""Engines: what turns windows of rows into updates. Several processes share a step through DeepSpeed."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from curation_env.training.data import Row
+from curation_env.training.data import Row, micro_batches
 from curation_env.training.model import Features, Student
 from curation_env.training.recipe import Recipe
 
 
+class Update(NamedTuple):
+    """What a step did: the token mean of the loss over the whole window, and the gradient's norm before clipping."""
+
+    loss: float
+    grad_norm: float
+
+
 class Engine(Protocol):
-    def loss(self, rows: list[Row], features: Features) -> torch.Tensor:
-        """Return the summed loss over the supervised tokens of a micro-batch."""
-
-    def schedule(self, batches: list[list[Row]]) -> Iterator[tuple[list[Row], bool]]:
-        """Yield this process's micro-batches of a window and whether each is its last."""
-
-    def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """Add the gradients of a share of the window's loss (its sum over batches and processes is the loss)."""
-
-    def sum(self, value: torch.Tensor) -> torch.Tensor:
-        """Return the sum of `value` over all processes."""
-
-    def step(self, lr: float) -> float:
-        """Clip, update, clear the gradients; return the gradient norm before clipping."""
+    def step(self, window: Sequence[int], lr: float) -> Update:
+        """Take one optimizer step over the rows `window` (indices); every process is given the whole window."""
 
     def finish(self) -> None:
         """Wait until every process is done with the weights."""
@@ -47,36 +42,36 @@ def parameter_groups(model: torch.nn.Module, recipe: Recipe) -> list[dict[str, A
     ]
 
 
-class SingleProcess:
-    """Plain PyTorch: fused AdamW in the precision of the weights."""
+def adamw(groups: list[dict[str, Any]], recipe: Recipe, **options: Any) -> torch.optim.AdamW:
+    """The recipe's optimizer over parameter groups, in the precision of the weights."""
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True, **options)
 
-    def __init__(self, student: Student, recipe: Recipe) -> None:
-        self.student = student
+
+class SingleProcess:
+    """Plain PyTorch, one micro-batch after the other."""
+
+    def __init__(self, student: Student, recipe: Recipe, rows: list[Row], features: Features) -> None:
+        self.student, self.recipe, self.rows, self.features = student, recipe, rows, features
         groups = parameter_groups(student.model, recipe)
         self.parameters = [p for group in groups for p in group["params"]]
-        self.grad_clip = recipe.grad_clip
-        self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True)
+        self.optimizer = adamw(groups, recipe)
 
-    def loss(self, rows: list[Row], features: Features) -> torch.Tensor:
-        return self.student.token_losses(rows, features).sum()
-
-    def schedule(self, batches: list[list[Row]]) -> Iterator[tuple[list[Row], bool]]:
-        for k, batch in enumerate(batches):
-            yield batch, k == len(batches) - 1
-
-    def backward(self, loss: torch.Tensor, last: bool) -> None:
-        loss.backward()
-
-    def sum(self, value: torch.Tensor) -> torch.Tensor:
-        return value
-
-    def step(self, lr: float) -> float:
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)
+    def step(self, window: Sequence[int], lr: float) -> Update:
+        tokens = sum(self.rows[k].n_supervised for k in window)
+        total = torch.zeros((), device=self.student.device)
+        for batch in _batches(self.rows, window, self.recipe):
+            loss = self.student.token_losses(batch, self.features).sum() / tokens
+            loss.backward()
+            total += loss.detach()
+        for parameter in self.parameters:
+            if parameter.grad is None:  # the projector's, in a window without an image: zero, as for the other engines
+                parameter.grad = torch.zeros_like(parameter)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.grad_clip)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return Update(*torch.stack([total, norm]).tolist())
 
     def finish(self) -> None:
         pass
@@ -103,7 +98,9 @@ class _SummedLoss(torch.nn.Module):
 class DeepSpeedEngine:
     """DeepSpeed's ZeRO stage 1 or 2 over the same AdamW: every process holds a share of the moments (and gradients)."""
 
-    def __init__(self, student: Student, recipe: Recipe, world: int, zero_stage: int) -> None:
+    def __init__(
+        self, student: Student, recipe: Recipe, rows: list[Row], features: Features, rank: int, world: int, stage: int
+    ) -> None:
         import deepspeed
 
         device = student.device
@@ -111,50 +108,61 @@ class DeepSpeedEngine:
             # Its shared-memory collectives would be compiled here at run time, for minutes; gloo needs no compiler.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl", verbose=False)
-        groups = parameter_groups(student.model, recipe)
-        self.device, self.world = device, world
-        optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True)
+        self.device, self.rank, self.world = device, rank, world
+        self.recipe, self.rows, self.features = recipe, rows, features
         config = {
             "train_micro_batch_size_per_gpu": 1,  # counts nothing here: the window decides
             "gradient_accumulation_steps": 1,
             "gradient_clipping": recipe.grad_clip,
-            "zero_optimization": {"stage": zero_stage},
+            "zero_optimization": {"stage": stage},
             "zero_allow_untested_optimizer": True,
         }
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=_SummedLoss(student), optimizer=optimizer, config=config
+            model=_SummedLoss(student), optimizer=adamw(parameter_groups(student.model, recipe), recipe), config=config
         )
 
-    def loss(self, rows: list[Row], features: Features) -> torch.Tensor:
-        return self.engine(rows, features)
+    def step(self, window: Sequence[int], lr: float) -> Update:
+        tokens = sum(self.rows[k].n_supervised for k in window)
+        total = torch.zeros((), device=self.device)
+        for batch, last in self._shared(_batches(self.rows, window[self.rank :: self.world], self.recipe)):
+            loss = self.engine(batch, self.features) / tokens
+            self.engine.set_gradient_accumulation_boundary(last)
+            # DeepSpeed means over processes; the window's loss is a sum over them.
+            self.engine.backward(loss * self.world)
+            total += loss.detach()
+        torch.distributed.all_reduce(total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        return Update(float(total), float(self.engine.get_global_grad_norm()))
 
-    def schedule(self, batches: list[list[Row]]) -> Iterator[tuple[list[Row], bool]]:
-        """Every process takes part in every exchange of gradients: the others' surplus is met by empty batches."""
+    def _shared(self, batches: list[list[Row]]) -> Iterator[tuple[list[Row], bool]]:
+        """Yield this process's micro-batches, and whether each is the last of the window.
+
+        Every process takes part in every exchange of gradients: the others' surplus is met by empty batches.
+        """
         most = torch.tensor(len(batches), device=self.device)
         torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
         for k in range(int(most)):
             yield batches[k] if k < len(batches) else [], k == int(most) - 1
 
-    def backward(self, loss: torch.Tensor, last: bool) -> None:
-        # DeepSpeed means over processes; the window's loss is a sum over them.
-        self.engine.set_gradient_accumulation_boundary(last)
-        self.engine.backward(loss * self.world)
-
-    def sum(self, value: torch.Tensor) -> torch.Tensor:
-        total = value.clone()
-        torch.distributed.all_reduce(total)
-        return total
-
-    def step(self, lr: float) -> float:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.engine.step()
-        return float(self.engine.get_global_grad_norm())
-
     def finish(self) -> None:
         torch.distributed.barrier()
 
 
-def make(student: Student, recipe: Recipe, world: int, zero_stage: int) -> Engine:
-    """Return the engine for `world` processes."""
-    return SingleProcess(student, recipe) if world == 1 else DeepSpeedEngine(student, recipe, world, zero_stage)
+def _batches(rows: list[Row], window: Sequence[int], recipe: Recipe) -> list[list[Row]]:
+    """The micro-batches of a window: rows by length, so that they pack tightly."""
+    by_length = sorted((rows[k] for k in window), key=lambda row: len(row.tokens))
+    return micro_batches(by_length, recipe.tokens_per_micro_batch)
+
+
+def make(student: Student, recipe: Recipe, rows: list[Row], features: Features, zero_stage: int) -> Engine:
+    """Return the engine for this device and the number of processes that a launcher started."""
+    from curation_env.training.graph import GraphedProcess
+
+    rank, world = rank_and_world()
+    if world > 1:
+        return DeepSpeedEngine(student, recipe, rows, features, rank, world, zero_stage)
+    if student.device.type == "cuda" and GraphedProcess.fits(recipe):
+        return GraphedProcess(student, recipe, rows, features)
+    return SingleProcess(student, recipe, rows, features)

@@ -39,7 +39,7 @@ def packed_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    layout: Packed,
+    layout: Sequence[Rectangle],
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -48,9 +48,9 @@ def packed_attention(
     Only here are rows padded, to the longest of their run: padding lies to the right of every row, so a causal mask
     alone keeps it out, and no other layer computes on it.
     """
-    parts = [states[0].transpose(0, 1).split([r.n for r in layout.rectangles]) for states in (query, key, value)]
+    parts = [states[0].transpose(0, 1).split([r.n for r in layout]) for states in (query, key, value)]
     mixed = []
-    for rectangle, *states in zip(layout.rectangles, *parts, strict=True):
+    for rectangle, *states in zip(layout, *parts, strict=True):
         q, k, v = (_padded(flat, rectangle) for flat in states)
         out = F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
@@ -145,7 +145,7 @@ class Student:
         images = torch.stack([features[key] for key in packed.images]) if packed.images else None
         embedded = self.embed(packed.tokens, packed.image_slots, images)
         hidden = self.model.model.language_model(
-            inputs_embeds=embedded[None], position_ids=packed.positions[None], use_cache=False, layout=packed
+            inputs_embeds=embedded[None], position_ids=packed.positions[None], use_cache=False, layout=packed.rectangles
         ).last_hidden_state[0]
         logits = self.model.lm_head(hidden.index_select(0, packed.sources))
         return F.cross_entropy(logits.float(), packed.targets, reduction="none")

@@ -48,7 +48,7 @@ def signal_stage(
     values = np.full(len(opened), np.nan, np.float32)
     for start in range(0, len(opened), ROWS_PER_CHUNK):
         indices = range(start, min(start + ROWS_PER_CHUNK, len(opened)))
-        rows = [encoder.encode_row(row) for row in opened.rows(indices)]
+        rows = encoder.encode_rows(list(opened.rows(indices)))
         values[start : indices.stop] = mean_losses(student, encoder, rows)
         if on_progress:
             left = (time.perf_counter() - started) / indices.stop * (len(opened) - indices.stop)

@@ -21,7 +21,7 @@ import torch
 from curation_env.errors import NonFiniteLoss
 from curation_env.pool import Pool
 from curation_env.training import engine as engines
-from curation_env.training.data import Encoder, micro_batches, read_rows
+from curation_env.training.data import Encoder, read_rows
 from curation_env.training.model import Student, resolve_device
 from curation_env.training.recipe import Recipe
 
@@ -62,13 +62,14 @@ def train(
     """
     clock = time.perf_counter
     started, seconds = clock(), {}
-    rank, world = engines.rank_and_world()
+    rank, _ = engines.rank_and_world()
     report = on_progress if on_progress is not None and rank == 0 else lambda event: None
 
     # Settings. The order of a submission is not part of it: everything works on the sorted multiset of ids.
     place = resolve_device(device, int(os.environ.get("LOCAL_RANK", 0)))
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=place.type != "cpu")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads such memory; filling it takes time
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     total = recipe.total_steps(len(ids))
@@ -90,29 +91,22 @@ def train(
     seconds["features"], mark = clock() - mark, clock()
 
     # Optimizer.
-    engine = engines.make(student, recipe, world, zero_stage)
+    engine = engines.make(student, recipe, rows, features, zero_stage)
 
     # Loop.
     loss_value, step = float("nan"), 0
     with open(out / "training.jsonl" if rank == 0 else os.devnull, "w") as log_file:
         for window in windows(len(rows), recipe, seed):
-            tokens = sum(rows[k].n_supervised for k in window)
             lr = recipe.lr_at(step, total)
-            mine = sorted((rows[k] for k in window[rank::world]), key=lambda row: len(row.tokens))
-            window_loss = torch.zeros((), device=place)
-            for batch, last in engine.schedule(micro_batches(mine, recipe.tokens_per_micro_batch)):
-                loss = engine.loss(batch, features) / tokens
-                engine.backward(loss, last)
-                window_loss += loss.detach()
-            loss_value = float(engine.sum(window_loss))
+            loss_value, grad_norm = engine.step(window, lr)
             if not np.isfinite(loss_value):
                 raise NonFiniteLoss(
                     f"the loss became {loss_value} at step {step} of {total}: no checkpoint was written",
                     details="rows of the window: " + ", ".join(rows[k].id for k in window),
                 )
-            grad_norm = engine.step(lr)
             step += 1
             if rank == 0:
+                tokens = sum(rows[k].n_supervised for k in window)
                 line = {"step": step, "loss": loss_value, "lr": lr, "tokens": tokens, "grad_norm": grad_norm}
                 log_file.write(json.dumps(line) + "\n")
                 done = {

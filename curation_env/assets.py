@@ -71,12 +71,13 @@ def student_dir(student: str) -> Path:
 def locate(task: Task, root: Path) -> Assets:
     """Where the assets of a task lie under a data root, whether or not they are there."""
     from curation_env.mini.pool import pool_key
-    from curation_env.mini.world import GENERATOR, SCALES
+    from curation_env.mini.suite import suite_key
+    from curation_env.mini.world import SCALES
 
     if isinstance(task.pool.world, str):
         raise MissingAssets(f"task {task.name!r} draws a world at every reset: choose one, for example world 1000000")
     scale = SCALES[task.pool.scale]
-    pool, suite = pool_key(task.pool.world, scale), f"{scale.name}-v{GENERATOR}"
+    pool, suite = pool_key(task.pool.world, scale), suite_key(scale)
     # The view depends on the rules that blocked its rows, so they are part of its name.
     view = f"{pool}--{suite}--{_short_hash(task.audit_config)}"
     return Assets(root / "pools" / pool, root / "suites" / suite, root / "views" / view, student_dir(task.student))
@@ -200,11 +201,11 @@ def _check_pins(task: Task, assets: Assets) -> None:
     from curation_env.mini.fingerprint import check_fingerprint
     from curation_env.mini.world import generator_hash
 
-    if task.pool.generator not in (None, generator_hash()):
-        raise TaskMismatch(
-            f"the world generator has hash {generator_hash()[:16]}, task {task.name!r} pins "
-            f"{str(task.pool.generator)[:16]}: use the release that the task belongs to"
-        )
+    if task.pool.generator is not None:
+        try:
+            check_fingerprint("the world generator", generator_hash(), task.pool.generator, task.pinned_with, {})
+        except TaskMismatch as error:
+            raise TaskMismatch(f"{error}\nUse the release that task {task.name!r} belongs to") from None
     for what, path, pinned in (("pool", assets.pool, task.pool.hash), ("suite", assets.suite, task.suite_hash)):
         if pinned is None:
             continue

@@ -2,9 +2,15 @@
 
 import base64
 import csv
+import functools
+import importlib.util
 import io
+import math
+import operator
+import random
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +21,25 @@ from PIL import Image
 
 from curation_env.assets import prepared
 from curation_env.errors import TaskMismatch
+from curation_env.mini import world as world_module
 from curation_env.mini.fingerprint import check_fingerprint
+from curation_env.mini.language import CATEGORY, draw_clip_art
 from curation_env.mini.pool import build_pool, world_rows
-from curation_env.mini.questions import FORMS, draw_ask
-from curation_env.mini.render import CONTENTS, alter, encode_png, patches, pixels
+from curation_env.mini.questions import CLIP_ART_FORMS, FORMS, ask, draw_ask
+from curation_env.mini.render import (
+    CONTENTS,
+    SIDE,
+    ClipArt,
+    alter,
+    clip_art_set,
+    encode_png,
+    patches,
+    pixels,
+    resample,
+)
 from curation_env.mini.student import count_supervised, vocabulary, words
 from curation_env.mini.suite import build_suite, suite_items
-from curation_env.mini.world import MINI, N_SOURCES, NANO, SCALES, WorldSpec, generator_hash
+from curation_env.mini.world import MINI, N_SOURCES, NANO, SCALES, TEST_WORLDS, WorldSpec, generator_hash
 from curation_env.pool import Pool
 from curation_env.task import Task
 
@@ -48,6 +66,29 @@ def test_a_world_is_its_seed(seed: int) -> None:
 def test_worlds_share_no_names_by_position() -> None:
     names = [tuple(s.name for s in WorldSpec.draw(seed).sources) for seed in range(20)]
     assert len(set(names)) == 20
+
+
+def in_turn(numbers: Iterable[float]) -> float:
+    return functools.reduce(operator.add, numbers, 0.0)
+
+
+@pytest.mark.parametrize("add", [math.fsum, in_turn])
+def test_worlds_do_not_depend_on_how_python_adds_floats(
+    add: Callable[..., float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The built-in `sum` adds floats in turn up to Python 3.11, and makes up for what is lost from 3.12 on."""
+    monkeypatch.setattr(world_module, "sum", add, raising=False)
+    assert generator_hash.__wrapped__() == generator_hash()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, *TEST_WORLDS[:5]])
+def test_two_sources_of_every_world_show_clip_art(seed: int) -> None:
+    parts = []
+    for source in WorldSpec.draw(seed).sources:
+        shown = math.fsum(w for form, w in source.forms.items() if form in CLIP_ART_FORMS)
+        parts.append(source.share * shown / math.fsum(source.forms.values()))
+    assert sum(part > 0 for part in parts) == 2
+    assert 0.02 <= math.fsum(parts) <= 0.03
 
 
 def test_pool_and_truth_agree(nano: Path) -> None:
@@ -81,6 +122,64 @@ def test_every_word_is_in_the_vocabulary() -> None:
     ]
     texts += [t for items in suite_items(MINI).values() for item in items for t in (item.prompt, item.gold)]
     assert {w for text in texts for w in words(text)} <= known
+
+
+@pytest.mark.parametrize("form", CLIP_ART_FORMS)
+def test_questions_about_clip_art(form: str) -> None:
+    rng, known = random.Random(form), set(vocabulary())
+    for sample in range(len(clip_art_set()[1])):
+        found = ask(rng, form, ClipArt(sample, SIDE, 0, 0, False, (255, 255, 255)))
+        assert found is not None
+        assert set(words(" ".join((found.question, *found.answers)))) <= known
+        assert found.answer in found.answers
+        assert found.wrong(rng) != found.answer
+
+
+def test_only_the_pool_shows_clip_art() -> None:
+    rows = world_rows(WorldSpec.draw(1), MINI)
+    shown = [row for row in rows if isinstance(row.picture, ClipArt)]
+    assert {row.skill for row in shown} == {"clip art"}
+    assert {row.fault for row in shown} > {"", "wrong", "garbage"}
+    assert any(row.original for row in shown)
+    images = [row.pixels() for row in shown]
+    assert {(image.shape, str(image.dtype)) for image in images if image is not None} == {((32, 32, 3), "uint8")}
+    asked = ("what is this ?", "which kind of thing", "is this ")
+    assert not any(
+        i.prompt.startswith(asked) for scale in SCALES.values() for b in suite_items(scale).values() for i in b
+    )
+
+
+def test_clip_art_is_shown_as_it_says() -> None:
+    picture = draw_clip_art(random.Random(0))
+    image, thumbnail = pixels(picture), clip_art_set()[0][picture.sample]
+    inside = np.zeros((SIDE, SIDE), bool)
+    inside[picture.top : picture.top + picture.side, picture.left : picture.left + picture.side] = True
+    assert (image[~inside] == picture.ground).all()
+    whole = ClipArt(picture.sample, SIDE, 0, 0, True, (0, 0, 0))
+    assert np.array_equal(pixels(whole), thumbnail[:, ::-1, :3])
+
+
+def test_scaling_is_by_area_and_rounds_halves_up() -> None:
+    image = np.arange(9, dtype=np.uint8).reshape(3, 3, 1)
+    assert np.array_equal(resample(image, 3, 3), image)
+    assert resample(image, 1, 1).item() == 4
+    assert resample(np.array([[[0], [1]]]), 1, 1).item() == 1
+    # Two columns of three: each new one holds a whole old one and half of the middle one.
+    assert resample(np.array([[[30], [60], [90]]]), 1, 2).ravel().tolist() == [40, 80]
+
+
+def test_the_shipped_clip_art_is_what_its_script_picks() -> None:
+    path = Path(__file__).parents[1] / "experiments" / "mini" / "clip_art.py"
+    spec = importlib.util.spec_from_file_location("clip_art", path)
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    images, shown = clip_art_set()
+    assert shown == tuple(word for word, names in script.PICKS.items() for _ in names)
+    assert set(shown) <= CATEGORY.keys()
+    assert (images.shape, images.dtype) == ((len(shown), SIDE, SIDE, 4), np.uint8)
+    assert (images[..., :3] <= images[..., 3:]).all(), "colour is stored times opacity"
 
 
 def test_clean_rows_never_show_an_evaluation_picture() -> None:
@@ -135,14 +234,12 @@ def test_hallusion_sets_ask_the_same_of_two_figures() -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_answer_what_is_drawn(form: str) -> None:
-    import random
-
     rng = random.Random(form)
     for suite in (False, True):
-        picture, ask = draw_ask(rng, form, suite)
-        if ask.answers:
-            assert ask.answer in ask.answers
-            assert ask.wrong(rng) != ask.answer
+        picture, found = draw_ask(rng, form, suite)
+        if found.answers:
+            assert found.answer in found.answers
+            assert found.wrong(rng) != found.answer
         labels = patches(picture)
         assert labels.shape == (16, 3)
         assert (labels[:, 0] > 0).sum() > 0
@@ -150,8 +247,6 @@ def test_forms_answer_what_is_drawn(form: str) -> None:
 
 
 def test_alterations_change_pixels_but_not_the_picture() -> None:
-    import random
-
     image = pixels(suite_items(NANO)["MiniOCR"][0].picture)
     for kind in ("reencoded", "cropped", "recolored"):
         other = alter(image, kind, random.Random(0))
@@ -177,7 +272,11 @@ def test_tasks_pin_the_generator_and_the_suite(name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pool": {"generator": "0" * 64}}, "world generator has hash"),
+        ({"pool": {"generator": "0" * 64}}, "world generator has hash .* no library differs"),
+        (
+            {"pool": {"generator": "0" * 64}, "pinned_with": {"numpy": "1.0"}},
+            r"world generator .*: numpy \S+ \(pinned with 1\.0\)\nUse the release that task 'nano' belongs to",
+        ),
         ({"pool": {"hash": "0" * 64}}, "pool has hash .* no library differs"),
         ({"suite_hash": "0" * 64}, "suite has hash"),
     ],

@@ -12,14 +12,17 @@ from curation_env.mini.render import (
     LEVELS,
     PLACES,
     SHAPES,
+    SIDE,
     SIZES,
     Chart,
+    ClipArt,
     Digits,
     Look,
     Picture,
     Scene,
     Sign,
     Thing,
+    clip_art_set,
     digit_set,
 )
 
@@ -104,6 +107,15 @@ def draw_chart(rng: random.Random, suite: bool) -> Chart:
         levels = rng.sample(range(1, LEVELS + 1), n)
         if held_for_suite(levels) == suite:
             return Chart(tuple(zip(rng.sample(list(COLORS), n), levels, strict=True)), Look.draw(rng))
+
+
+def draw_clip_art(rng: random.Random) -> ClipArt:
+    """Draw a thumbnail at some size and place on a light ground; all of them are the pool's, none the benchmarks'."""
+    side = rng.randrange(SIDE * 3 // 4, SIDE + 1)
+    top, left = rng.randrange(SIDE - side + 1), rng.randrange(SIDE - side + 1)
+    light = rng.randrange(200, 256)
+    ground = (light - rng.randrange(24), light - rng.randrange(24), light - rng.randrange(24))
+    return ClipArt(rng.randrange(len(clip_art_set()[1])), side, top, left, rng.random() < 0.5, ground)
 
 
 def join(parts: Sequence[str]) -> str:
@@ -191,9 +203,13 @@ def statements(picture: Picture) -> list[str]:
     return said + [f"the height of the {c} bar is {h} ." for c, h in picture.bars]
 
 
+def a(word: str) -> str:
+    """The word behind its article."""
+    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
+
+
 def fact(word: str) -> str:
-    category = CATEGORY[word]
-    return f"{'an' if word[0] in 'aeiou' else 'a'} {word} is {'an' if category[0] in 'aeiou' else 'a'} {category} ."
+    return f"{a(word)} is {a(CATEGORY[word])} ."
 
 
 def chat_turn(rng: random.Random) -> tuple[str, str]:

@@ -15,7 +15,7 @@ import numpy as np
 from curation_env.mini import language as say
 from curation_env.mini import questions as q
 from curation_env.mini.fingerprint import libraries
-from curation_env.mini.render import Picture, alter, encode_png, pixels
+from curation_env.mini.render import ClipArt, Picture, alter, encode_png, pixels
 from curation_env.mini.student import count_supervised, vocabulary
 from curation_env.mini.suite import Item, suite_items
 from curation_env.mini.world import GENERATOR, MINI, Scale, Source, WorldSpec
@@ -32,7 +32,7 @@ class Row:
     """A row in the making: `picture` or ready `image` pixels, its exchanges, and the truth about it."""
 
     source: str
-    picture: Picture | None
+    picture: Picture | ClipArt | None
     turns: list[q.Ask]
     skill: str
     fault: str = ""
@@ -80,17 +80,24 @@ def _drawn_row(rng: random.Random, source: Source) -> Row:
     if form in TEXT_FORMS:
         return _text_row(rng, source.name, form, source.turns)
     base = form.removeprefix("choice:")
-    picture, ask = q.draw_ask(rng, base, False)
+    picture, ask = _clip_art(rng, base) if base in q.CLIP_ART_FORMS else q.draw_ask(rng, base, False)
     if form != base:
         return Row(source.name, picture, [q.choice(rng, ask)], "choice")
     asks = [ask]
-    kind = q.FORMS[base][0]
-    same = [f for f in source.forms if f in q.FORMS and q.FORMS[f][0] == kind]
+    kind = q.POOL_FORMS[base][0]
+    same = [f for f in source.forms if f in q.POOL_FORMS and q.POOL_FORMS[f][0] == kind]
     for _ in range(rng.randrange(source.turns)):
         more = q.ask(rng, rng.choice(same), picture)
         if more is not None and all(more.question != a.question for a in asks):
             asks.append(more)
-    return Row(source.name, picture, asks, q.FORMS[base][1])
+    return Row(source.name, picture, asks, q.POOL_FORMS[base][1])
+
+
+def _clip_art(rng: random.Random, form: str) -> tuple[Picture | ClipArt, q.Ask]:
+    picture = say.draw_clip_art(rng)
+    ask = q.ask(rng, form, picture)
+    assert ask is not None, "every piece of clip art allows every question"
+    return picture, ask
 
 
 def _garbage(rng: random.Random) -> str:
@@ -109,6 +116,8 @@ def _wrong(rng: random.Random, row: Row) -> Row | None:
 def _mismatch(rng: random.Random, row: Row) -> Row | None:
     if row.picture is None:
         return None
+    if isinstance(row.picture, ClipArt):
+        return replace(row, picture=say.draw_clip_art(rng))
     kind = type(row.picture).__name__.lower()
     return replace(row, picture=q.DRAW[kind](rng, False))
 

@@ -1,18 +1,32 @@
 """Question forms: every way in which the miniature asks about a picture, and what a right answer is.
 
 A form takes a picture of its kind and returns an `Ask`, or None where the picture does not allow the question. The pool
-and the benchmarks use the same forms over disjoint families of pictures.
+and the benchmarks use the same forms over disjoint families of pictures; only the pool asks about clip art.
 """
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from curation_env.mini import language as say
-from curation_env.mini.render import COLORS, LETTERS, PLACES, SHAPES, SIZES, Chart, Digits, Picture, Scene, Sign
+from curation_env.mini.render import (
+    COLORS,
+    LETTERS,
+    PLACES,
+    SHAPES,
+    SIZES,
+    Chart,
+    ClipArt,
+    Digits,
+    Picture,
+    Scene,
+    Sign,
+    clip_art_set,
+)
 
 LETTER_HINT = "Answer with the option's letter from the given choices directly."
 NUMBERS = tuple(str(k) for k in range(1, 8))
@@ -178,6 +192,29 @@ def taller_yes_no(rng: random.Random, chart: Chart) -> Ask | None:
     return Ask(f"is the {a} bar taller than the {b} bar ?", YES_NO[high < low], YES_NO)
 
 
+@functools.cache
+def _clip_art_names() -> dict[str, str]:
+    """What each word of the clip art is called in a sentence; planets go by their bare names."""
+    return {w: w if say.CATEGORY[w] == "planet" else say.a(w) for w in sorted(set(clip_art_set()[1]))}
+
+
+def thing(rng: random.Random, picture: ClipArt) -> Ask:
+    names = _clip_art_names()
+    return Ask("what is this ?", names[picture.word], tuple(names.values()))
+
+
+def kind(rng: random.Random, picture: ClipArt) -> Ask:
+    return Ask("which kind of thing is this ?", say.CATEGORY[picture.word], tuple(say.FACTS))
+
+
+def thing_yes_no(rng: random.Random, picture: ClipArt) -> Ask:
+    names = _clip_art_names()
+    if rng.random() < 0.5:
+        return Ask(f"is this {names[picture.word]} ?", "yes", YES_NO)
+    other = rng.choice([word for word in names if word != picture.word])
+    return Ask(f"is this {names[other]} ?", "no", YES_NO)
+
+
 FORMS: dict[str, tuple[str, str, Form]] = {  # form -> kind of picture, skill, function
     "color": ("scene", "attribute", color_of),
     "shape": ("scene", "attribute", shape_in),
@@ -206,6 +243,12 @@ FORMS: dict[str, tuple[str, str, Form]] = {  # form -> kind of picture, skill, f
     "bars": ("chart", "chart", bars),
     "taller-yes-no": ("chart", "yes-no", taller_yes_no),
 }
+CLIP_ART_FORMS: dict[str, tuple[str, str, Form]] = {  # of the pool alone: no benchmark asks, no lesson teaches them
+    "thing": ("clip art", "clip art", thing),
+    "kind": ("clip art", "clip art", kind),
+    "thing-yes-no": ("clip art", "clip art", thing_yes_no),
+}
+POOL_FORMS = FORMS | CLIP_ART_FORMS
 DRAW: dict[str, Callable[[random.Random, bool], Picture]] = {
     "scene": say.draw_scene,
     "sign": say.draw_sign,
@@ -219,8 +262,8 @@ def draw_picture(rng: random.Random, form: str, suite: bool) -> Picture:
     return DRAW[FORMS[form][0]](rng, suite)
 
 
-def ask(rng: random.Random, form: str, picture: Picture) -> Ask | None:
-    return FORMS[form][2](rng, picture)
+def ask(rng: random.Random, form: str, picture: Picture | ClipArt) -> Ask | None:
+    return POOL_FORMS[form][2](rng, picture)
 
 
 def draw_ask(rng: random.Random, form: str, suite: bool) -> tuple[Picture, Ask]:
@@ -261,11 +304,9 @@ def fact_ask(rng: random.Random) -> Ask:
     category = rng.choice(list(say.FACTS))
     right = rng.choice(say.FACTS[category])
     others = tuple(w for w, c in say.CATEGORY.items() if c != category)
-    article = "an" if category[0] in "aeiou" else "a"
-    return Ask(f"which of these is {article} {category} ?", right, (right, *others))
+    return Ask(f"which of these is {say.a(category)} ?", right, (right, *others))
 
 
 def fact_open(rng: random.Random) -> Ask:
     word = rng.choice(list(say.CATEGORY))
-    article = "an" if word[0] in "aeiou" else "a"
-    return Ask(f"what kind of thing is {article} {word} ?", say.CATEGORY[word], tuple(say.FACTS))
+    return Ask(f"what kind of thing is {say.a(word)} ?", say.CATEGORY[word], tuple(say.FACTS))

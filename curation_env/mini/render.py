@@ -1,8 +1,9 @@
-"""Pictures of the miniature: 32x32 pixels, 4x4 patches of 8, four kinds.
+"""Pictures of the miniature: 32x32 pixels, 4x4 patches of 8, four kinds that are drawn, and clip art.
 
 A picture is a small frozen record of what is to be seen; `pixels` turns it into an image and `patches` says what covers
 each patch (what the vision tower is supervised with). Both depend on the record alone, so a picture renders the same
 everywhere. Shapes are drawn from formulas; only the letters of signs go through Pillow (FreeType) and shipped fonts.
+Clip art is shipped as thumbnails and scaled in integers; pools show it, benchmarks and the init's lessons do not.
 """
 
 from __future__ import annotations
@@ -103,6 +104,30 @@ class Chart:
 Picture = Scene | Sign | Digits | Chart
 
 
+@dataclass(frozen=True)
+class ClipArt:
+    """A thumbnail of the shipped set: its number, how large it is shown, where, which way round and on what colour."""
+
+    sample: int
+    side: int
+    top: int
+    left: int
+    flipped: bool
+    ground: tuple[int, int, int]
+
+    @property
+    def word(self) -> str:
+        return clip_art_set()[1][self.sample]
+
+
+@functools.cache
+def clip_art_set() -> tuple[np.ndarray, tuple[str, ...]]:
+    """Images (n, 32, 32, 4) of uint8, colour times opacity and opacity, and the word that names each."""
+    with (files("curation_env.mini") / "assets" / "clip_art.npz").open("rb") as file:
+        data = np.load(file)
+        return data["images"], tuple(data["words"].tolist())
+
+
 @functools.cache
 def digit_set() -> tuple[np.ndarray, np.ndarray]:
     """Images (1797, 8, 8) of 0..16 and labels (1797,)."""
@@ -190,11 +215,38 @@ def _clip(mask: np.ndarray, top: int, left: int) -> tuple[np.ndarray, slice, sli
     return mask[y0 - top : y1 - top, x0 - left : x1 - left], slice(y0, y1), slice(x0, x1)
 
 
+def area_weights(old: int, new: int) -> np.ndarray:
+    """How much of each old pixel lies under each new one when a side of `old` becomes one of `new`: (new, old)."""
+    ends = np.minimum.outer((np.arange(new) + 1) * old, (np.arange(old) + 1) * new)
+    return np.maximum(ends - np.maximum.outer(np.arange(new) * old, np.arange(old) * new), 0)
+
+
+def resample(image: np.ndarray, height: int, width: int, unit: int = 1) -> np.ndarray:
+    """Scale by areas and divide by `unit`, in integers: the same under every version of every library."""
+    old_height, old_width = image.shape[:2]
+    rows = np.tensordot(area_weights(old_height, height), image.astype(np.int64), (1, 0))
+    summed = np.tensordot(area_weights(old_width, width), rows, (1, 1)).swapaxes(0, 1)
+    whole = old_height * old_width * unit
+    return ((2 * summed + whole) // (2 * whole)).astype(np.uint8)
+
+
+def _clip_art_pixels(picture: ClipArt) -> np.ndarray:
+    thumbnail = clip_art_set()[0][picture.sample]
+    scaled = resample(thumbnail[:, ::-1] if picture.flipped else thumbnail, picture.side, picture.side).astype(int)
+    ground = np.array(picture.ground)
+    image = np.broadcast_to(ground, (SIDE, SIDE, 3)).copy()
+    part = image[picture.top : picture.top + picture.side, picture.left : picture.left + picture.side]
+    part[:] = scaled[..., :3] + (ground * (255 - scaled[..., 3:]) + 127) // 255
+    return np.minimum(image, 255).astype(np.uint8)
+
+
 _RAMP = (np.arange(SIDE) + 0.5) / SIDE
 
 
-def pixels(picture: Picture) -> np.ndarray:
+def pixels(picture: Picture | ClipArt) -> np.ndarray:
     """Return the picture as uint8 of shape (32, 32, 3)."""
+    if isinstance(picture, ClipArt):
+        return _clip_art_pixels(picture)
     a, b, c, d = picture.look.corners
     top, bottom = a + (b - a) * _RAMP, c + (d - c) * _RAMP
     ground = top[None, :] + (bottom - top)[None, :] * _RAMP[:, None]

@@ -17,7 +17,7 @@ from curation_env.mini import language as say
 from curation_env.mini import questions as q
 from curation_env.mini.fingerprint import libraries
 from curation_env.mini.render import Chart, Picture, Scene, Sign, encode_png, pixels
-from curation_env.mini.world import GENERATOR, MINI, Scale
+from curation_env.mini.world import MINI, SUITE, Scale
 
 COPY = 1_000_000  # a circular copy's index is the family's plus a multiple of this
 
@@ -320,7 +320,7 @@ BENCHMARKS: dict[str, Callable[[random.Random, int], list[Item]]] = {
 @functools.cache
 def _items(scale: Scale) -> dict[str, list[Item]]:
     return {
-        name: make(random.Random(f"curation suite {GENERATOR} {name}"), scale.items[name])
+        name: make(random.Random(f"curation suite {SUITE} {name}"), scale.items[name])
         for name, make in BENCHMARKS.items()
     }
 
@@ -328,6 +328,10 @@ def _items(scale: Scale) -> dict[str, list[Item]]:
 def suite_items(scale: Scale = MINI) -> dict[str, list[Item]]:
     """All items of the suite by benchmark, nothing rendered yet."""
     return _items(scale)
+
+
+def suite_key(scale: Scale = MINI) -> str:
+    return f"{scale.name}-v{SUITE}"
 
 
 def image_bytes(picture: Picture) -> bytes:
@@ -352,9 +356,8 @@ def build_suite(path: str | Path, scale: Scale = MINI) -> str:
         (path / f"{name}.tsv").write_bytes(data)
         hasher.update(name.encode() + b"\0" + data)
     meta = {
-        "key": f"{scale.name}-v{GENERATOR}",
+        "key": suite_key(scale),
         "hash": hasher.hexdigest(),
-        "generator": GENERATOR,
         "libraries": libraries(),
         "items": {name: len(items) for name, items in suite_items(scale).items()},
     }

@@ -11,11 +11,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import random
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from importlib.resources import files
 
-GENERATOR = 1  # rises when any world, pool or suite changes
+GENERATOR = 2  # rises when any world or pool changes
+SUITE = 1  # rises when any benchmark changes
 TRAIN_WORLDS = range(1, 1_000_000)
 TEST_WORLDS = range(1_000_000, 2_000_000)  # held out; tables use the first five
 N_SOURCES = 14
@@ -81,7 +84,7 @@ class WorldSpec:
             raise ValueError(f"a world's seed is 0 or more, not {seed}")
         rng = random.Random(f"curation world {seed}")
         wordings = 0.0 if seed == 0 else random.Random(f"curation wordings {seed}").choice((0.0, 0.25))
-        return _named(seed, _world_zero() if seed == 0 else _drawn(rng), rng, wordings)
+        return _with_clip_art(_named(seed, _world_zero() if seed == 0 else _drawn(rng), rng, wordings))
 
     @property
     def hash(self) -> str:
@@ -91,9 +94,14 @@ class WorldSpec:
 
 @functools.cache
 def generator_hash() -> str:
-    """sha256 over the version and the first ten train and test worlds: what tasks that draw worlds pin."""
+    """sha256 over the version, the clip art and the first ten train and test worlds: what tasks that draw worlds pin.
+
+    What else a pool is made of (digits, fonts) its suite pins.
+    """
+    clip_art = (files("curation_env.mini") / "assets" / "clip_art.npz").read_bytes()
     drawn = [WorldSpec.draw(k).hash for k in (0, *TRAIN_WORLDS[:10], *TEST_WORLDS[:10])]
-    return hashlib.sha256(json.dumps([GENERATOR, drawn]).encode()).hexdigest()
+    text = json.dumps([GENERATOR, hashlib.sha256(clip_art).hexdigest(), drawn])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 Parts = tuple[float, Mapping[str, float], Mapping[str, float], float, int]  # share, forms, faults, duplicates, turns
@@ -114,6 +122,7 @@ BUNDLES: dict[str, dict[str, float]] = {
     "choice": {"choice:color": 2, "choice:shape": 1, "choice:where": 1, "choice:count": 1, "choice:relation": 1,
                "choice:extreme": 1, "choice:letter": 1},
 }  # fmt: skip
+CLIP_ART = {"thing": 0.5, "kind": 0.25, "thing-yes-no": 0.25}
 KNOWN_BUNDLES = ("attribute", "region", "location", "existence")
 SCARCE_BUNDLES = ("text-caption", "relation", "reading", "chart", "digit", "science", "choice")
 
@@ -155,9 +164,9 @@ def _drawn(rng: random.Random) -> list[Parts]:
     for kind in useless:
         share = 0.008 + 0.02 * rng.random() if small else 0.04 + 0.05 * rng.random()
         parts.append((share, *_USELESS[kind], rng.choice((0.0, 0.5)), rng.choice((1, 2))))
-    rest = 1.0 - sum(p[0] for p in parts)
+    rest = 1.0 - math.fsum(p[0] for p in parts)
     groups = _apart(rng, left, scarce) if apart else _mixed(rng, left, scarce)
-    whole = sum(share for share, _, _ in groups)
+    whole = math.fsum(share for share, _, _ in groups)
     for share, mixture, turns in groups:
         rates = {
             "wrong": rng.choice((0.0, 0.01, 0.03)), "mismatch": rng.choice((0.0, 0.01, 0.02)),
@@ -199,10 +208,12 @@ def _apart(rng: random.Random, n: int, scarce: float) -> list[Group]:
     while len(small) + len(large) < n:
         large.append([rng.choice(KNOWN_BUNDLES)])
     weights = [0.5 + rng.random() for _ in small]
-    groups: list[Group] = [(scarce * w / sum(weights), _merge(g), 1) for w, g in zip(weights, small, strict=True)]
+    whole = math.fsum(weights)
+    groups: list[Group] = [(scarce * w / whole, _merge(g), 1) for w, g in zip(weights, small, strict=True)]
     weights = [0.4 + 1.6 * rng.random() for _ in large]
     return groups + [
-        ((1 - scarce) * w / sum(weights), _merge(g), rng.choice((1, 2))) for w, g in zip(weights, large, strict=True)
+        ((1 - scarce) * w / math.fsum(weights), _merge(g), rng.choice((1, 2)))
+        for w, g in zip(weights, large, strict=True)
     ]
 
 
@@ -225,7 +236,7 @@ def _merge(bundles: list[str]) -> dict[str, float]:
     """Equal weight for every bundle; the weights add up to the number of bundles."""
     forms: dict[str, float] = {}
     for bundle in bundles:
-        whole = sum(BUNDLES[bundle].values())
+        whole = math.fsum(BUNDLES[bundle].values())
         for form, weight in BUNDLES[bundle].items():
             forms[form] = forms.get(form, 0.0) + weight / whole
     return forms
@@ -238,9 +249,26 @@ def _named(seed: int, parts: list[Parts], rng: random.Random, wordings: float) -
     names: set[str] = set()
     while len(names) < N_SOURCES:
         names.add("".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(3)))
-    whole = sum(p[0] for p in parts)
+    whole = math.fsum(p[0] for p in parts)
     sources = tuple(
         Source(name, share / whole, dict(forms), dict(faults), duplicates, turns, wordings)
         for name, (share, forms, faults, duplicates, turns) in zip(sorted(names), parts, strict=True)
     )
     return WorldSpec(seed, sources)
+
+
+def _with_clip_art(world: WorldSpec) -> WorldSpec:
+    """Let two of the five largest sources that show pictures show clip art as well: in all, 2 to 3% of the pool.
+
+    Drawn apart, so that whatever else the seed draws is as it would be without.
+    """
+    rng = random.Random(f"curation clip art {world.seed}")
+    part = 0.02 + 0.01 * rng.random()
+    showing = [s for s in world.sources if not s.forms.keys() <= {"chat", "trivial", "fact", "choice:fact"}]
+    hosts = rng.sample(sorted(showing, key=lambda s: s.share, reverse=True)[:5], 2)
+    within = part / math.fsum(s.share for s in hosts)  # the part of each host's rows
+    added = {
+        s.name: {form: math.fsum(s.forms.values()) * within / (1 - within) * w for form, w in CLIP_ART.items()}
+        for s in hosts
+    }
+    return replace(world, sources=tuple(replace(s, forms={**s.forms, **added.get(s.name, {})}) for s in world.sources))

@@ -143,7 +143,7 @@ def noisy_source(facts: Facts, n: int, rng: np.random.Generator) -> np.ndarray:
 
 def oracle(facts: Facts, n: int, rng: np.random.Generator) -> np.ndarray:
     """Clean rows without copies, balanced over the skills that the benchmarks ask for."""
-    useless = ("chat", "trivial", "leak")
+    useless = ("chat", "trivial", "clip art", "leak")
     clean = [
         k for k in range(len(facts)) if not facts.fault[k] and not facts.duplicate[k] and facts.skill[k] not in useless
     ]

@@ -105,6 +105,17 @@ def test_environment_and_working_directory(sandbox: Sandbox) -> None:
     assert result.stdout == b"blue green\n/tmp\ncuration\n"
 
 
+def test_a_command_inherits_nothing_of_its_supervisor(sandbox: Sandbox) -> None:
+    """No descriptor but its own, no ignored or blocked signal, in a session of its own."""
+    for command, descriptors in (("exec ls /proc/self/fd", 4), (f"exec ls /proc/self/fd #{'x' * 200_000}", 5)):
+        assert text(sandbox, command).split() == [str(number) for number in range(descriptors)]
+    masks = text(sandbox, "exec grep -E '^Sig(Blk|Ign)' /proc/self/status").split()[1::2]
+    assert [int(mask, 16) & 0x7FFFFFFF for mask in masks] == [0, 0]  # above are those that the C library keeps
+    number, group, session = text(sandbox, "cut -d ' ' -f 1,5,6 /proc/$$/stat").split()
+    assert number == group == session
+    assert text(sandbox, "umask") == "0022\n"
+
+
 def test_output_is_bounded_and_keeps_both_ends(sandbox: Sandbox) -> None:
     begin = time.monotonic()
     result = sandbox.exec("echo first; head -c 100000000 /dev/zero; echo last; echo problem >&2", timeout=60)
@@ -314,6 +325,25 @@ def test_freeze_and_thaw(sandbox: Sandbox) -> None:
     assert text(sandbox, "echo on") == "on\n"
 
 
+def test_freeze_catches_one_between_vfork_and_exec(sandbox: Sandbox) -> None:
+    """There it can't be stopped, since its child has its memory. Here the child first looks in folders that take long
+    to look up, so that a freeze almost always comes in between."""
+    start = "subprocess.run(['absent'], env={'PATH': ':'.join(['/usr/..' * 500] * 300)})"
+    program = f"import subprocess\nwhile True:\n try: {start}\n except OSError: print('.', flush=True)"
+    process = sandbox.popen(["python3", "-c", program])
+    assert process.read(10)
+    for _ in range(5):
+        begin = time.monotonic()
+        sandbox.freeze()
+        assert time.monotonic() - begin < 2
+        while process.read(0.02):
+            pass
+        assert not process.read(0.1)
+        sandbox.thaw()
+        assert process.read(10)
+    process.kill()
+
+
 def test_kill_all_leaves_no_process(sandbox: Sandbox, nap: str) -> None:
     text(sandbox, f"for i in 1 2 3; do (setsid sh -c 'trap \"\" TERM; sleep {nap}; true' >/dev/null 2>&1 &) ; done")
     assert until(lambda: len(host_processes(nap)) == 3)
@@ -359,6 +389,17 @@ def test_fork_bomb_in_the_background_ends(sandbox: Sandbox) -> None:
         return len(sandbox.exec("cat /proc/[0-9]*/comm", timeout=10).stdout.split()) < 8
 
     assert until(quiet, 10)
+
+
+def test_background_processes_do_not_lock_the_agent_out(sandbox: Sandbox) -> None:
+    """They take up every process that there may be, without a fork that is refused."""
+    until(lambda: len(sandbox._pids()) <= 2)  # type: ignore[attr-defined]
+    count = LIMITS.pids - len(sandbox._pids()) - 1  # type: ignore[attr-defined]
+    hoard = f"import os, time; time.sleep(0.3); any(os.fork() == 0 for _ in range({count})); time.sleep(60)"
+    text(sandbox, f'python3 -c "{hoard}" >/dev/null 2>&1 &')
+    assert until(lambda: len(sandbox._pids()) == LIMITS.pids)  # type: ignore[attr-defined]
+    assert text(sandbox, "echo on") == "on\n"
+    assert len(sandbox._pids()) < 5  # type: ignore[attr-defined]
 
 
 def test_memory_hog_is_killed(sandbox: Sandbox) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import json
 import os
 import resource
@@ -20,32 +21,37 @@ import select
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import time
 
 PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 4, 22, 36, 38
 SECCOMP_MODE_FILTER = 2
 FILTER = "CURATION_SANDBOX_FILTER"
+SCRIPT = 3
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def children_of(root: int) -> list[int]:
-    """Every living descendant of `root`, from /proc (zombies are left out: they only wait to be reaped)."""
-    parents: dict[int, list[int]] = {}
+def children_of(root: int) -> dict[int, tuple[bytes, int]]:
+    """State and parent of every living descendant of `root`, by its number, from /proc (zombies are left out: they only
+    wait to be reaped)."""
+    states: dict[int, tuple[bytes, int]] = {}
+    young: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
             try:
-                with open(f"/proc/{name}/stat", "rb") as file:
+                with open(f"/proc/{name}/stat", "rb", buffering=0) as file:
                     state, parent = file.read().rpartition(b")")[2].split()[:2]
             except OSError:
                 continue
             if state not in (b"Z", b"X"):
-                parents.setdefault(int(parent), []).append(int(name))
-    found, todo = [], [root]
+                states[int(name)] = state, int(parent)
+                young.setdefault(int(parent), []).append(int(name))
+    found, todo = {}, [root]
     while todo:
-        young = parents.get(todo.pop(), [])
-        found += young
-        todo += young
+        children = young.get(todo.pop(), [])
+        found.update((pid, states[pid]) for pid in children)
+        todo += children
     return found
 
 
@@ -68,8 +74,7 @@ def kill_tree(seconds: float) -> bool:
         # Stopping first keeps a fork bomb from outrunning the kill.
         for signal_number in (signal.SIGSTOP, signal.SIGKILL):
             for pid in children_of(os.getpid()):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal_number)
+                send(pid, signal_number)
         time.sleep(0.002)
     return True
 
@@ -105,7 +110,7 @@ class Agent:
         try:
             pid = os.fork()
         except OSError as error:
-            os.write(fds[0], json.dumps({"refused": os.strerror(error.errno or 0)}).encode() + b"\n")
+            answer(fds[0], {"refused": os.strerror(error.errno or 0)})
             return
         if pid == 0:
             try:
@@ -128,50 +133,56 @@ class Agent:
 
     def do_freeze(self) -> dict:
         end = time.monotonic() + 5.0
+        pause = 0.0002
         while time.monotonic() < end:
-            self.signal_all(signal.SIGSTOP)
-            if all(stopped(pid) for pid in children_of(os.getpid())):
+            reap()
+            if not self.signal_all(signal.SIGSTOP):
                 return {"ok": True}
-            time.sleep(0.002)
+            family = children_of(os.getpid())
+            moving = {pid for pid, (state, _) in family.items() if state not in (b"T", b"t")}
+            if not moving:
+                return {"ok": True}
+            # A process in vfork only stops once its child has become a program, so that child may go on for a moment.
+            for pid, (_, parent) in family.items():
+                if pid not in moving and family.get(parent, (b"", 0))[0] == b"D":
+                    send(pid, signal.SIGCONT)
+            time.sleep(pause)
+            pause = min(2 * pause, 0.002)
         return {"ok": False}
 
     def do_thaw(self) -> dict:
         self.signal_all(signal.SIGCONT)
         return {"ok": True}
 
-    def signal_all(self, number: int) -> None:
-        """As process 1, to the whole namespace at once: the kernel leaves no gap for a fork."""
-        for pid in [-1] if self.is_init else children_of(os.getpid()):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
+    def signal_all(self, number: int) -> bool:
+        """Whether there was anyone. As process 1, to the whole namespace at once: the kernel leaves no gap for a fork,
+        and says when nobody is there, which spares a look into /proc."""
+        sent = [send(pid, number) for pid in ([-1] if self.is_init else children_of(os.getpid()))]
+        return any(sent)
 
 
-def stopped(pid: int) -> bool:
+def send(pid: int, number: int) -> bool:
+    """A signal; False where there is nobody to take it."""
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return file.read().rpartition(b")")[2].split()[0] in (b"T", b"t", b"Z", b"X")
-    except OSError:
-        return True
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def run(request: dict, fds: list[int]) -> None:
     """The runner: start the command, wait for it or for the host's word to kill it, answer, leave."""
-    control, stdio = fds[0], fds[1:]
+    control, *stdio = take(fds)
     _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_write, False)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.signal(signal.SIGCHLD, nothing)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     try:
-        child = os.fork()
-    except OSError as error:
-        os.write(control, json.dumps({"refused": os.strerror(error.errno or 0)}).encode() + b"\n")
+        child = start(request, stdio)  # kept: a Popen that goes out of use waits for its process itself
+    except (OSError, ValueError) as error:
+        answer(control, not_started(error, request, stdio[2]))
         return
-    if child == 0:
-        try:
-            execute(request, stdio)
-        finally:
-            os._exit(126)
     for fd in stdio:
         os.close(fd)
     while True:
@@ -183,43 +194,61 @@ def run(request: dict, fds: list[int]) -> None:
                     pid, status = os.waitpid(-1, os.WNOHANG)
                     if pid == 0:
                         break
-                    if pid == child:
+                    if pid == child.pid:
                         code = os.waitstatus_to_exitcode(status)
-                        os.write(control, json.dumps({"exit": code if code >= 0 else 128 - code}).encode() + b"\n")
+                        answer(control, {"exit": code if code >= 0 else 128 - code})
                         return
             except ChildProcessError:
                 return
         if control in ready:  # a kill, or the host has closed its end
-            done = kill_tree(3.0)
-            with contextlib.suppress(OSError):
-                os.write(control, json.dumps({"killed": done}).encode() + b"\n")
+            answer(control, {"killed": kill_tree(3.0)})
             return
 
 
-def execute(request: dict, stdio: list[int]) -> None:
-    """In the child: take up stdio, limits and folder, and become the command."""
-    signal.set_wakeup_fd(-1)
-    os.setsid()
-    for target, fd in enumerate(stdio):  # above the targets first, so that no copy overwrites a later source
-        stdio[target] = os.dup(fd) if fd > 9 else fcntl_dup(fd)
-    for target, fd in enumerate(stdio):
-        os.dup2(fd, target, inheritable=True)
-    os.closerange(len(stdio), 4096)
-    for number in range(1, signal.NSIG):
-        if number not in (signal.SIGKILL, signal.SIGSTOP):
-            with contextlib.suppress(OSError, ValueError):
-                signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    try:
-        for name, value in request["rlimits"].items():
-            resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value))
-        os.umask(0o022)
-        os.chdir(request["cwd"])
-        os.execvpe(request["argv"][0], request["argv"], request["env"])
-    except OSError as error:
-        where = error.filename if error.filename is not None else request["argv"][0]
-        os.write(2, f"sandbox: {where}: {os.strerror(error.errno or 0)}\n".encode())
-        os._exit(127 if error.errno == errno.ENOENT else 126)
+def take(fds: list[int]) -> list[int]:
+    """The descriptors of a request, moved out of the way of those that a command has; a script is where it looks."""
+    taken = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in fds]
+    for fd in fds:
+        os.close(fd)
+    if len(taken) > 4:
+        os.dup2(taken[4], SCRIPT)
+        os.close(taken[4])
+        taken[4] = SCRIPT
+    return taken
+
+
+def answer(control: int, words: dict) -> None:
+    with contextlib.suppress(OSError):
+        os.write(control, json.dumps(words).encode() + b"\n")
+
+
+def start(request: dict, stdio: list[int]) -> subprocess.Popen:
+    """Start the command in a session of its own. Its limits and umask are this process' from here on, so that `Popen`
+    has nothing left that would take more than vfork and exec: a fork would copy this interpreter's memory."""
+    for name, value in request["rlimits"].items():
+        resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value))
+    os.umask(0o022)
+    return subprocess.Popen(
+        request["argv"],
+        stdin=stdio[0],
+        stdout=stdio[1],
+        stderr=stdio[2],
+        pass_fds=stdio[3:],
+        env=request["env"],
+        cwd=request["cwd"],
+        start_new_session=True,
+    )
+
+
+def not_started(error: Exception, request: dict, stderr: int) -> dict:
+    """The answer for a command that could not be started; its stderr says why."""
+    number = getattr(error, "errno", None)
+    if number in (errno.EAGAIN, errno.ENOMEM):
+        return {"refused": os.strerror(number)}
+    where = getattr(error, "filename", None) or request["argv"][0]
+    with contextlib.suppress(OSError):
+        os.write(stderr, f"sandbox: {where}: {os.strerror(number) if number else error}\n".encode(errors="replace"))
+    return {"exit": 127 if number == errno.ENOENT else 126}
 
 
 def filter_system_calls(program: bytes) -> None:
@@ -235,10 +264,8 @@ def filter_system_calls(program: bytes) -> None:
         raise OSError(ctypes.get_errno(), "the system-call filter was refused")
 
 
-def fcntl_dup(fd: int) -> int:
-    import fcntl
-
-    return fcntl.fcntl(fd, fcntl.F_DUPFD, 10)
+def nothing(number: int, frame: object) -> None:
+    """A signal handler. Unlike an ignored signal, one that is handled has its default effect in a new program."""
 
 
 def main() -> None:
@@ -254,8 +281,9 @@ def main() -> None:
     filter_system_calls(bytes.fromhex(os.environ.pop(FILTER, "")))
     if os.getpid() != 1:
         _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_IGN)
+    ignored = [number for number in signal.valid_signals() if signal.getsignal(number) == signal.SIG_IGN]
+    for number in (*ignored, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, nothing)
     signal.signal(signal.SIGCHLD, lambda *_: reap())
     sock.sendall(b'{"ready": true}\n')
     agent = Agent(sock)

@@ -117,8 +117,10 @@ class AgentLink:
             raise SandboxDied("the sandbox is not running: start it again")
         try:
             self._sock.settimeout(ANSWER_SECONDS)
-            socket.send_fds(self._sock, [struct.pack("!I", len(body))], fds)
-            self._sock.sendall(body)
+            message = struct.pack("!I", len(body)) + body
+            sent = socket.send_fds(self._sock, [message], fds)
+            if sent < len(message):
+                self._sock.sendall(message[sent:])
         except OSError as error:
             self._dead = True
             raise SandboxDied(f"the sandbox died ({error}): start it again") from error
@@ -129,7 +131,7 @@ class AgentLink:
         try:
             while not line.endswith(b"\n") and len(line) < 4096:
                 self._sock.settimeout(max(0.001, end - time.monotonic()))
-                piece = self._sock.recv(1)
+                piece = self._sock.recv(4096)  # an answer a request: nothing follows this one
                 if not piece:
                     raise ConnectionError("its first process ended")
                 line += piece

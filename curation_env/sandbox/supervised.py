@@ -104,17 +104,27 @@ class SupervisedSandbox(HostedFiles):
         watch = self._watch
         assert watch is not None
         out = Capture(self.config.limits.output_bytes)
-        with watch.lock:
-            self._settle()
-            full, seen = watch.full, watch.hits
-            memory, forks = self._memory_kills(), self._refused_forks()
-            process = self._run(command, env, cwd, out, stdin)
-        timed_out = False
-        try:
-            process.wait(max(0.0, begin + timeout - time.monotonic()))
-        except TimeoutError:
-            timed_out = True
-            process.kill()
+        timed_out = refused = False
+        while True:
+            with watch.lock:
+                if refused:
+                    self.kill_all()
+                else:
+                    self._settle()
+                full, seen = watch.full, watch.hits
+                memory, forks = self._memory_kills(), self._refused_forks()
+                process = self._start_command(command, env, cwd, out)
+            process.feed(stdin)
+            try:
+                process.wait(max(0.0, begin + timeout - time.monotonic()))
+            except TimeoutError:
+                timed_out = True
+                process.kill()
+            # Where earlier commands' background processes use up the process limit, they go, and the command is tried
+            # once more: they must not be able to lock the agent out.
+            if refused or not process.refused:
+                break
+            refused = True
         code = process.wait()
         limit = ""
         if watch.hits > seen:
@@ -185,17 +195,6 @@ class SupervisedSandbox(HostedFiles):
         files.keep_own(self.config.workspace)
         if self._over_limit():
             self.kill_all()
-
-    def _run(self, command: Command, env: Mapping[str, str] | None, cwd: str, out: Sink, stdin: bytes) -> AgentProcess:
-        """Start a command with its input queued. When earlier commands' background processes use up the process limit,
-        kill them and try once more: they must not be able to lock the agent out."""
-        process = self._start_command(command, env, cwd, out)
-        process.feed(stdin)
-        if process.poll() is not None and process.refused:
-            self.kill_all()
-            process = self._start_command(command, env, cwd, out)
-            process.feed(stdin)
-        return process
 
     def _start_command(self, command: Command, env: Mapping[str, str] | None, cwd: str, sink: Sink) -> AgentProcess:
         if self._frozen:

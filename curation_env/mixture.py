@@ -22,13 +22,12 @@ CUT = {cut}
 ROWS = {rows}
 
 task = curation.task()
-pool = curation.pool()
-sources = np.array(pool["source"])
+sources = curation.column("source")
 rng = np.random.default_rng(curation.seed())
-loss = curation.signal("loss") if CUT > 0 else np.zeros(len(pool))
+loss = curation.signal("loss") if CUT > 0 else np.zeros(len(sources))
 
 candidates = {{}}
-for name in sorted(set(sources)):
+for name in np.unique(sources).tolist():
     rows = np.flatnonzero(sources == name)
     kept = rows[np.argsort(loss[rows], kind="stable")][: len(rows) - int(CUT * len(rows))]
     if WEIGHTS.get(name, 0) > 0:
@@ -49,9 +48,9 @@ while left > 0:
 
 chosen = rng.permutation(np.concatenate([candidates[name][: shares[name]] for name in candidates]))
 if task["tokens"]:
-    chosen = chosen[np.cumsum(np.array(pool["n_tokens"])[chosen]) <= task["tokens"]]
+    chosen = chosen[np.cumsum(curation.column("n_tokens")[chosen]) <= task["tokens"]]
 print({{name: count for name, count in shares.items() if count}})
-curation.select(pool.select(chosen))
+curation.select(curation.column("id")[chosen])
 '''
 
 

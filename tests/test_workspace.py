@@ -106,6 +106,22 @@ def test_select_refuses_what_is_no_selection(client: Client, given: str, reason:
     assert read_submission(client.workspace) is None
 
 
+def test_columns_come_without_datasets(client: Client) -> None:
+    done = client.python(
+        "import sys, curation\n"
+        "columns = {name: curation.column(name) for name in ('id', 'source', 'n_tokens')}\n"
+        "assert 'datasets' not in sys.modules\n"
+        "rows = curation.pool()\n"
+        "for name, values in columns.items():\n"
+        "    assert values.tolist() == list(rows[name]), name\n"
+        "assert columns['n_tokens'].dtype == 'int32'\n"
+        "print(curation.select(columns['id'][columns['source'] == 'source-1']))\n"
+        "curation.column('image')"
+    )
+    assert done.stdout.strip() == "4"
+    assert "column gives id, source, n_tokens, not 'image': pool() has whole rows" in done.stderr
+
+
 def test_select_replaces_the_whole_selection(client: Client) -> None:
     done = client.python(
         "import curation\n"

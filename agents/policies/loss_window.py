@@ -12,11 +12,10 @@ import numpy as np
 CEILING = 0.95
 
 task = curation.task()
-pool = curation.pool()
 loss = curation.signal("loss")
 loss = np.where(np.isnan(loss), -np.inf, loss)
 order = np.argsort(-loss, kind="stable")
 order = order[int((1 - CEILING) * len(order)) :][: task["rows"]]
 if task["tokens"]:
-    order = order[np.cumsum(np.array(pool["n_tokens"])[order]) <= task["tokens"]]
-curation.select(pool.select(order))
+    order = order[np.cumsum(curation.column("n_tokens")[order]) <= task["tokens"]]
+curation.select(curation.column("id")[order])

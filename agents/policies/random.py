@@ -9,8 +9,8 @@ import curation
 import numpy as np
 
 task = curation.task()
-pool = curation.pool()
-order = np.random.default_rng(curation.seed()).permutation(len(pool))[: task["rows"]]
+ids = curation.column("id")
+order = np.random.default_rng(curation.seed()).permutation(len(ids))[: task["rows"]]
 if task["tokens"]:
-    order = order[np.cumsum(np.array(pool["n_tokens"])[order]) <= task["tokens"]]
-curation.select(pool.select(order))
+    order = order[np.cumsum(curation.column("n_tokens")[order]) <= task["tokens"]]
+curation.select(ids[order])

@@ -7,11 +7,12 @@ nothing of the harness, and numpy, datasets and Pillow only where a function nee
 
     task = curation.task()                      # rows, tokens, sources, benchmarks, iteration, ...
     rows = curation.pool()                      # datasets.Dataset: id, source, image, conversation, n_tokens
+    sources = curation.column("source")         # numpy, one value a row; also "id" and "n_tokens"
     loss = curation.signal("loss")              # numpy float32, one number a row of the pool
     curation.select(rows.select(range(100)))    # writes the submission
 """
 
-from .api import history, pool, seed, select, signal, task
+from .api import column, history, pool, seed, select, signal, task
 from .client import CurationError
 
-__all__ = ["CurationError", "history", "pool", "seed", "select", "signal", "task"]
+__all__ = ["CurationError", "column", "history", "pool", "seed", "select", "signal", "task"]

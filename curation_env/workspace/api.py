@@ -65,6 +65,26 @@ def pool() -> datasets.Dataset:
     return rows
 
 
+def column(name: str) -> np.ndarray:
+    """One value per row of the pool, in its order: texts for "id" and "source", int32 for "n_tokens".
+
+    Half a second faster than `pool()[name]` in a policy that needs no more than this: `datasets` is not imported.
+
+    Raises:
+        KeyError: There is no such column, or its values are no plain texts and numbers: take `pool()` for those.
+        FileNotFoundError: There is no pool in the workspace.
+    """
+    import numpy as np
+
+    from .rows import open_table
+
+    plain = ("id", "source", "n_tokens")
+    if name not in plain:
+        raise KeyError(f"column gives {', '.join(plain)}, not {name!r}: pool() has whole rows")
+    values = open_table(workspace() / "pool")[name]
+    return values.to_numpy() if name == "n_tokens" else np.array(values.to_pylist(), dtype=str)
+
+
 def signal(name: str) -> np.ndarray:
     """One float32 per row of `pool()`, in its order, computed on the host by fixed code; every call is charged.
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-import httpx
 import pytest
+import urllib3
 
 from curation_env.errors import JudgeUnavailable
 from curation_env.evaluation import judge as client_module
@@ -247,12 +247,12 @@ def test_a_refusal_is_final(status: int, server: Misbehaving, client: JudgeClien
 
 
 def test_a_slow_judge_is_asked_again_and_then_given_up(server: Misbehaving, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "TIMEOUT", httpx.Timeout(0.1))
+    monkeypatch.setattr(client_module, "TIMEOUT", urllib3.Timeout(0.1))
     server.script = [sleeps, says("1")]
     with JudgeClient(server.endpoint, WAIT) as client:
         assert client.ask([question("q")]) == ["1"]
         server.script = [sleeps]
-        with pytest.raises(JudgeUnavailable, match="ReadTimeout"):
+        with pytest.raises(JudgeUnavailable, match="ReadTimeoutError"):
             client.ask([question("r")])
 
 
@@ -262,7 +262,7 @@ def test_a_dead_judge_is_named_with_the_cause() -> None:
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
         with (
             JudgeClient(Endpoint(url, "m", ""), WAIT) as client,
-            pytest.raises(JudgeUnavailable, match=f"{url} .*ConnectError"),
+            pytest.raises(JudgeUnavailable, match=f"{url} .*NewConnectionError"),
         ):
             client.probe(question("q"))
 
@@ -278,7 +278,7 @@ def test_a_judge_that_dies_between_probe_and_questions_is_an_error() -> None:
             client.ask([question(str(k)) for k in range(20)])
 
 
-@pytest.mark.parametrize(("url", "cause"), [("localhost/v1", "UnsupportedProtocol"), ("http://[::1/v1", "its address")])
+@pytest.mark.parametrize(("url", "cause"), [("localhost/v1", "begin with http"), ("http://[::1/v1", "its address")])
 def test_an_address_that_is_none_is_an_error(url: str, cause: str) -> None:
     with pytest.raises(JudgeUnavailable, match=cause), JudgeClient(Endpoint(url, "m", ""), WAIT) as client:
         client.probe(question("q"))

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple
 
-import httpx
+import urllib3
+from urllib3.exceptions import HTTPError, LocationParseError
 
 from curation_env.errors import JudgeUnavailable
 from curation_env.evaluation.scorers import JudgeRequest
 
 ATTEMPTS = 5
 CONCURRENCY = 8
-TIMEOUT = httpx.Timeout(120.0, connect=10.0)
+TIMEOUT = urllib3.Timeout(connect=10.0, read=120.0)
 FIRST_WAIT, LONGEST_WAIT = 0.25, 30.0
 MAX_TOKENS = 1024
 
@@ -40,17 +42,20 @@ class JudgeClient:
         self.first_wait = first_wait
         self.log: dict[str, str] = {}
         headers = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
-        # The machine's proxy settings are for the world outside; a judge is named by its address.
         try:
-            self._client = httpx.Client(base_url=endpoint.url, headers=headers, timeout=TIMEOUT, trust_env=False)
-        except httpx.InvalidURL as error:
+            url = urllib3.util.parse_url(endpoint.url)
+        except LocationParseError as error:
             raise self._unavailable(f"its address is none: {error}") from error
+        if url.scheme not in ("http", "https") or not url.host:
+            raise self._unavailable("its address is none: it must begin with http:// or https://")
+        # Not the proxy of the machine's settings, which is for the world outside: a judge is named by its address.
+        self._client = urllib3.PoolManager(1, headers, maxsize=CONCURRENCY, timeout=TIMEOUT, retries=False)
 
     def __enter__(self) -> JudgeClient:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._client.close()
+        self._client.clear()
 
     def probe(self, request: JudgeRequest) -> None:
         """Check that the endpoint serves the model and answers `request` acceptably."""
@@ -102,15 +107,15 @@ class JudgeClient:
         for attempt in range(ATTEMPTS):
             wait = min(self.first_wait * 2**attempt, LONGEST_WAIT)
             try:
-                response = self._client.request(method, path, json=body)
-                if response.status_code == 200:
-                    return response.json()
-                cause = f"it answered {response.status_code}: {response.text[:200]}"
-                if response.status_code not in (408, 409, 429) and response.status_code < 500:
+                response = self._client.request(method, f"{self.endpoint.url.rstrip('/')}/{path}", json=body)
+                if response.status == 200:
+                    return json.loads(response.data)
+                cause = f"it answered {response.status}: {response.data.decode(errors='replace')[:200]}"
+                if response.status not in (408, 409, 429) and response.status < 500:
                     raise self._unavailable(cause)
                 asked = response.headers.get("Retry-After", "")
                 wait = min(float(asked), LONGEST_WAIT) if asked.isdigit() else wait
-            except httpx.HTTPError as error:
+            except HTTPError as error:
                 cause = f"{type(error).__name__}: {error}"
             except ValueError as error:
                 cause = f"its answer is no JSON: {error}"

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -470,7 +470,7 @@ class Episode:
                 0, dict(outcome.scores.parts[part]), outcome.scores.mean(part), outcome.scores.stderr[part], commit
             )
         )
-        self.ledger.event("reset", state=asdict(self.state))
+        self.ledger.event("reset", state=self.state.to_json())
 
     def record(self, action: Any, turn: Turn, observation: dict[str, Any], info: dict[str, Any]) -> None:
         """Journal one step, whole, with the state after it: the last one is where a resumed run goes on.
@@ -493,7 +493,7 @@ class Episode:
                 terminated=turn.terminated,
                 info=plain(info),
                 ticket=self._answer,
-                state=asdict(self.state),
+                state=self.state.to_json(),
             )
         except BaseException:
             self._undo()

@@ -49,7 +49,7 @@ class Lines:
         Raises:
             LedgerError: It could not be written; the file is as it was.
         """
-        line = (json.dumps(finite(record), allow_nan=False, ensure_ascii=False) + "\n").encode(errors="replace")
+        line = (_json(record) + "\n").encode(errors="replace")
         try:
             new = not self.path.exists()
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
@@ -104,6 +104,13 @@ class Lines:
             os.fsync(stream.fileno())
 
 
+def _json(record: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(record, allow_nan=False, ensure_ascii=False)
+    except (TypeError, ValueError):  # rare, so no line pays for looking through it first
+        return json.dumps(finite(record), allow_nan=False, ensure_ascii=False)
+
+
 def finite(value: Any) -> Any:
     """The value with NaN and infinities as None: a journal that any JSON reader can read."""
     if isinstance(value, float):
@@ -128,6 +135,8 @@ def plain(value: Any) -> Any:
         left[0] -= 1
         if left[0] < 0 or depth > DEPTH:
             return "..."
+        if isinstance(item, (str, float, int, type(None))):  # almost all are: asked before what takes longer to ask
+            return _scalar(item)
         if isinstance(item, Mapping):
             return {_key(convert(key, depth + 1)): convert(inner, depth + 1) for key, inner in _first(item, left[0])}
         if isinstance(item, np.ndarray):
@@ -148,6 +157,8 @@ def _key(key: Any) -> str:
 
 
 def _scalar(value: Any) -> Any:
+    if type(value) is str and len(value) <= TEXT_CHARS and value.isascii():
+        return value
     if isinstance(value, np.generic):
         value = value.item()
     if value is None or isinstance(value, bool):

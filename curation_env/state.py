@@ -48,6 +48,10 @@ class State:
     nominee: int | None = None
     tickets: list[str] = field(default_factory=list)
 
+    def to_json(self) -> dict[str, Any]:
+        """The state as `from_json` takes it. Its values are the state's own: for writing down, not for keeping."""
+        return {**vars(self), "history": [vars(entry) for entry in self.history]}
+
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> State:
         history = [Iteration(**item) for item in record["history"]]

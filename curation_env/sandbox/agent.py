@@ -47,7 +47,8 @@ def children_of(root: int) -> dict[int, tuple[bytes, int]]:
             if state not in (b"Z", b"X"):
                 states[int(name)] = state, int(parent)
                 young.setdefault(int(parent), []).append(int(name))
-    found, todo = {}, [root]
+    found: dict[int, tuple[bytes, int]] = {}
+    todo = [root]
     while todo:
         children = young.get(todo.pop(), [])
         found.update((pid, states[pid]) for pid in children)

@@ -121,7 +121,7 @@ def main() -> None:
         return
     table = Table("seconds", "median", "min", "max", "n", title=f"{arguments.task}, {arguments.sandbox}")
     for name, row in rows.items():
-        table.add_row(name, *(f"{row[key]:.3f}" for key in ("median", "min", "max")), str(row["n"]))
+        table.add_row(name, *(f"{row[key]:.4f}" for key in ("median", "min", "max")), str(row["n"]))
     Console(width=100).print(table)
     beside = shell_action / rows["sandbox exec, `true`"]["median"]
     print(

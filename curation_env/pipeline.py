@@ -38,7 +38,7 @@ Progress = Callable[[dict[str, Any]], None]
 PARTS = ("feedback", "sealed", "all")
 #: Rises when equal submissions would get other scores, errors or files from then on: earlier results are then made
 #: again. What a task's hash covers (recipe, suite, student) has its own versions.
-SCORING_VERSION = 2
+SCORING_VERSION = 3
 #: Libraries whose versions may move the last bits of a score.
 _LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "pillow")
 

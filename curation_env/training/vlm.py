@@ -69,7 +69,8 @@ def train(
     place = resolve_device(device, int(os.environ.get("LOCAL_RANK", 0)))
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=place.type != "cpu")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads such memory; filling it takes time
+    # Nothing reads such memory; filling it takes time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     total = recipe.total_steps(len(ids))

@@ -14,7 +14,7 @@ from training_support import make_init, make_pool, make_rows, png
 from curation_env.errors import MissingAssets, NonFiniteLoss, UnsupervisedRow
 from curation_env.pool import Pool
 from curation_env.training import vlm
-from curation_env.training.data import Encoder, micro_batches, read_rows
+from curation_env.training.data import Encoder, even_micro_batches, micro_batches, read_rows
 from curation_env.training.engine import SingleProcess
 from curation_env.training.graph import GraphedProcess
 from curation_env.training.model import Student
@@ -210,6 +210,32 @@ def test_micro_batches_hold_the_tokens_they_may(init: Path, pool: Path, recipe: 
     assert [row for batch in batches for row in batch] == rows
     assert all(sum(len(row.tokens) for row in batch) <= 100 for batch in batches)
     assert len(micro_batches(rows, 1)) == len(rows)
+
+
+def test_features_that_do_not_fit_are_made_window_by_window(
+    init: Path, pool: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = Pool.open(pool).ids
+    kept = run(init, pool, recipe.model_copy(update={"epochs": 2}), tmp_path / "kept", ids=ids + ids[:9])
+    monkeypatch.setattr(vlm, "CACHE_BYTES", 0)
+    streamed = run(init, pool, recipe.model_copy(update={"epochs": 2}), tmp_path / "streamed", ids=ids + ids[:9])
+    assert streamed["steps"] == kept["steps"] == 8
+    a, b, start = weights(kept), weights(streamed), load_file(init / "model.safetensors")
+    for name, tensor in start.items():
+        assert (a[name] - b[name]).abs().max() <= 0.01 * (a[name] - tensor).abs().max(), name
+
+
+def test_a_window_is_shared_out_evenly() -> None:
+    lengths = [100, 90, 20, 60, 50, 40, 35, 5]
+    batches = even_micro_batches(lengths, 150)
+    assert sorted(k for batch in batches for k in batch) == list(range(8))
+    used = [sum(lengths[k] for k in batch) for batch in batches]
+    assert len(batches) == 3
+    assert max(used) <= 150
+    assert max(used) - min(used) <= 20
+    assert all([lengths[k] for k in batch] == sorted(lengths[k] for k in batch) for batch in batches)
+    assert even_micro_batches([300, 10], 150) == [[0], [1]]
+    assert even_micro_batches([], 150) == []
 
 
 @pytest.mark.parametrize("text_only_every", [1, 4])

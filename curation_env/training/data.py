@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -190,6 +191,7 @@ class Packed:
 
     Attributes:
         tokens, positions: Shape (T,); positions restart at every row.
+        ends: int32 of shape (rows + 1,): where each row starts, and where the last one ends.
         rectangles: The rows again, as runs of similar length.
         image_slots: Indices of the image tokens in (T,).
         images: Keys of the images, in the order of their slots.
@@ -198,6 +200,7 @@ class Packed:
 
     tokens: torch.Tensor
     positions: torch.Tensor
+    ends: torch.Tensor
     rectangles: list[Rectangle]
     image_slots: torch.Tensor
     images: list[bytes]
@@ -224,6 +227,7 @@ class Packed:
         return cls(
             tokens=tensor(tokens),
             positions=tensor(positions),
+            ends=tensor(np.cumsum([0, *lengths], dtype=np.int32)),
             rectangles=rectangles,
             image_slots=tensor(np.flatnonzero(tokens == image_token)),
             images=[row.image for row in rows if row.image is not None],
@@ -244,7 +248,10 @@ def runs(lengths: Sequence[int]) -> Iterator[list[int]]:
 
 
 def micro_batches(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:
-    """Cut rows, in order, into runs of at most `max_tokens` tokens (a longer row stands alone)."""
+    """Cut rows, in order, into runs of at most `max_tokens` tokens (a longer row stands alone).
+
+    For many rows sorted by length: each run packs tightly.
+    """
     batches: list[list[Row]] = []
     used = max_tokens + 1
     for row in rows:
@@ -254,3 +261,30 @@ def micro_batches(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:
             used = len(row.tokens)
         batches[-1].append(row)
     return batches
+
+
+def even_micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Share a window's rows out to few micro-batches of at most `max_tokens` tokens (a longer row stands alone).
+
+    They are filled evenly, so that each keeps a GPU as busy as the others.
+
+    Args:
+        lengths: Tokens of each row.
+
+    Returns:
+        Indices of the rows of each micro-batch, from short to long.
+    """
+    longest_first = sorted(range(len(lengths)), key=lambda k: (-lengths[k], k))
+    n = max(1, math.ceil(sum(lengths) / max_tokens)) if lengths else 0
+    while True:
+        batches: list[list[int]] = [[] for _ in range(n)]
+        used = [0] * n
+        for k in longest_first:
+            least = min(range(n), key=used.__getitem__)
+            if batches[least] and used[least] + lengths[k] > max_tokens:
+                break
+            batches[least].append(k)
+            used[least] += lengths[k]
+        else:
+            return [batch[::-1] for batch in batches if batch]
+        n += 1

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from curation_env.training.data import Row, micro_batches
+from curation_env.training.data import Row, even_micro_batches
 from curation_env.training.model import Features, Student
 from curation_env.training.recipe import Recipe
 
@@ -55,6 +55,8 @@ class SingleProcess:
         groups = parameter_groups(student.model, recipe)
         self.parameters = [p for group in groups for p in group["params"]]
         self.optimizer = adamw(groups, recipe)
+        if student.any_length:
+            student.compile()
 
     def step(self, window: Sequence[int], lr: float) -> Update:
         tokens = sum(self.rows[k].n_supervised for k in window)
@@ -151,9 +153,9 @@ class DeepSpeedEngine:
 
 
 def _batches(rows: list[Row], window: Sequence[int], recipe: Recipe) -> list[list[Row]]:
-    """The micro-batches of a window: rows by length, so that they pack tightly."""
-    by_length = sorted((rows[k] for k in window), key=lambda row: len(row.tokens))
-    return micro_batches(by_length, recipe.tokens_per_micro_batch)
+    """The micro-batches of a window; within one, rows go by length, so that they pack tightly."""
+    lengths = [len(rows[k].tokens) for k in window]
+    return [[rows[window[k]] for k in batch] for batch in even_micro_batches(lengths, recipe.tokens_per_micro_batch)]
 
 
 def make(student: Student, recipe: Recipe, rows: list[Row], features: Features, zero_stage: int) -> Engine:
@@ -163,6 +165,6 @@ def make(student: Student, recipe: Recipe, rows: list[Row], features: Features, 
     rank, world = rank_and_world()
     if world > 1:
         return DeepSpeedEngine(student, recipe, rows, features, rank, world, zero_stage)
-    if student.device.type == "cuda" and GraphedProcess.fits(recipe):
+    if student.device.type == "cuda" and GraphedProcess.fits(recipe) and isinstance(features, dict):
         return GraphedProcess(student, recipe, rows, features)
     return SingleProcess(student, recipe, rows, features)

@@ -11,13 +11,15 @@ from typing import Any, Literal
 
 import torch
 from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
 
 from curation_env.errors import MissingAssets
 from curation_env.training.data import Encoder, Packed, Rectangle, Row
 from curation_env.training.recipe import Recipe
 
-Features = dict[bytes, torch.Tensor]
+Features = Mapping[bytes, torch.Tensor]
 IMAGES_PER_BATCH = 64
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def resolve_device(device: str, local_rank: int = 0) -> torch.device:
@@ -39,15 +41,27 @@ def packed_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    layout: Sequence[Rectangle],
+    layout: Sequence[Rectangle] | None = None,
+    ends: torch.Tensor | None = None,
+    longest: int = 0,
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each packed row: (1, heads, T, width) in, (1, T, heads, width) out.
 
-    Only here are rows padded, to the longest of their run: padding lies to the right of every row, so a causal mask
-    alone keeps it out, and no other layer computes on it.
+    In half precision on a GPU a kernel for rows of any length does it, told by `ends` where they end and by `longest`
+    what no row exceeds. Elsewhere rows are padded, to the longest of their run in `layout`, and only here: padding lies
+    to the right of every row, so a causal mask alone keeps it out, and no other layer computes on it.
     """
+    if ends is not None:
+        q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+        out = varlen_attn(
+            q, k, v, ends, ends, longest, longest,
+            scale=scaling, window_size=(-1, 0), enable_gqa=query.shape[1] != key.shape[1],
+        )  # fmt: skip
+        assert isinstance(out, torch.Tensor)
+        return out[None], None
+    assert layout is not None
     parts = [states[0].transpose(0, 1).split([r.n for r in layout]) for states in (query, key, value)]
     mixed = []
     for rectangle, *states in zip(layout, *parts, strict=True):
@@ -87,16 +101,23 @@ class Student:
         Raises:
             MissingAssets: There is no checkpoint at `folder`.
         """
-        from transformers import AttentionInterface, LlavaForConditionalGeneration
+        from transformers import LlavaForConditionalGeneration
         from transformers.utils.logging import disable_progress_bar
 
         if not (Path(folder) / "config.json").is_file():
             raise MissingAssets(f"no checkpoint at {folder}: there is no config.json")
         disable_progress_bar()
-        AttentionInterface.register("packed", packed_attention)
         model: Any = LlavaForConditionalGeneration.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, attn_implementation="sdpa"
+            folder, dtype=DTYPES[recipe.precision], local_files_only=True, attn_implementation="sdpa"
         )
+        return cls.of(model, recipe, device, attention)
+
+    @classmethod
+    def of(cls, model: Any, recipe: Recipe, device: torch.device, attention: str) -> Student:
+        """Make a student of a model that is in memory; see `load`."""
+        from transformers import AttentionInterface
+
+        AttentionInterface.register("packed", packed_attention)
         model.set_attn_implementation({"text_config": attention})
         model.to(device)
         model.eval()  # the students have no dropout: eval and train modes are the same function
@@ -105,31 +126,46 @@ class Student:
                 parameter.requires_grad_(False)
         return cls(model, device)
 
+    @property
+    def any_length(self) -> bool:
+        """Whether one kernel attends within rows of any length: in half precision on a GPU."""
+        return self.device.type == "cuda" and self.model.dtype in (torch.bfloat16, torch.float16)
+
+    def compile(self) -> None:
+        """Compile the language model's layers, one after the other: kernels are fused, for packs of any length."""
+        for layer in self.model.model.language_model.layers:
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+
     def image_features(
         self,
         encoder: Encoder,
         images: Mapping[bytes, bytes | None],
         on_progress: Callable[[int, int], None] | None = None,
-    ) -> Features:
+    ) -> dict[bytes, torch.Tensor]:
         """Return what the vision tower says of images (encoded bytes by key): (tokens, width) by key.
 
         The order of the batches depends on the set of images alone, so the result does too.
         """
         keys = sorted(images)
-        features: Features = {}
-        config = self.model.config
+        features: dict[bytes, torch.Tensor] = {}
         for start in range(0, len(keys), IMAGES_PER_BATCH):
             chunk = keys[start : start + IMAGES_PER_BATCH]
-            pixels = encoder.pixels([images[key] for key in chunk]).to(self.device)
-            with torch.inference_mode():
-                states = self.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
-                chosen = states[config.vision_feature_layer]
-                if config.vision_feature_select_strategy == "default":
-                    chosen = chosen[:, 1:]
-            features.update(zip(chunk, chosen.clone(), strict=True))
+            seen = self.see(encoder.pixels([images[key] for key in chunk]))
+            features.update(zip(chunk, seen, strict=True))
             if on_progress:
                 on_progress(start + len(chunk), len(keys))
         return features
+
+    def see(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return the frozen tower's features, (n, tokens, width), of pixels, (n, 3, height, width)."""
+        config = self.model.config
+        with torch.inference_mode():
+            pixels = pixels.to(self.device, self.model.dtype, non_blocking=True)
+            states = self.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+            chosen = states[config.vision_feature_layer]
+            if config.vision_feature_select_strategy == "default":
+                chosen = chosen[:, 1:]
+        return chosen.clone()  # out of inference mode: training keeps it for the backward pass
 
     def embed(self, tokens: torch.Tensor, image_slots: torch.Tensor, images: torch.Tensor | None) -> torch.Tensor:
         """Return embeddings of a flat run of tokens, (T, width), with the projected images in their slots."""
@@ -144,8 +180,13 @@ class Student:
         packed = Packed.of(rows, self.model.config.image_token_index, self.device)
         images = torch.stack([features[key] for key in packed.images]) if packed.images else None
         embedded = self.embed(packed.tokens, packed.image_slots, images)
+        if self.any_length:
+            longest = self.model.config.text_config.max_position_embeddings
+            layout: dict[str, Any] = {"ends": packed.ends, "longest": longest}
+        else:
+            layout = {"layout": packed.rectangles}
         hidden = self.model.model.language_model(
-            inputs_embeds=embedded[None], position_ids=packed.positions[None], use_cache=False, layout=packed.rectangles
+            inputs_embeds=embedded[None], position_ids=packed.positions[None], use_cache=False, **layout
         ).last_hidden_state[0]
         logits = self.model.lm_head(hidden.index_select(0, packed.sources))
         return F.cross_entropy(logits.float(), packed.targets, reduction="none")

@@ -55,7 +55,7 @@ class Recipe(BaseModel):
     chat: Chat = Chat()
     max_length: int = Field(gt=0)
     freeze: tuple[str, ...] = ()
-    precision: Literal["fp32"] = "fp32"
+    precision: Literal["fp32", "bf16"] = "fp32"
     optimizer: Literal["adamw"] = "adamw"
     lr: float = Field(gt=0)
     weight_decay: float = Field(ge=0)

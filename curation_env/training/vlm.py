@@ -22,7 +22,8 @@ from curation_env.errors import NonFiniteLoss
 from curation_env.pool import Pool
 from curation_env.training import engine as engines
 from curation_env.training.data import Encoder, read_rows
-from curation_env.training.model import Student, resolve_device
+from curation_env.training.images import CACHE_BYTES, StreamedFeatures, size_of_all
+from curation_env.training.model import Features, Student, resolve_device
 from curation_env.training.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ def train(
     """
     clock = time.perf_counter
     started, seconds = clock(), {}
-    rank, _ = engines.rank_and_world()
+    rank, world = engines.rank_and_world()
     report = on_progress if on_progress is not None and rank == 0 else lambda event: None
 
     # Settings. The order of a submission is not part of it: everything works on the sorted multiset of ids.
@@ -86,9 +87,16 @@ def train(
     student = Student.load(init, recipe, place)
     seconds["model"], mark = clock() - mark, clock()
     images = {row.image: row.image_bytes for row in rows if row.image is not None}
-    features = student.image_features(
-        encoder, images, lambda done, n: report(_event("images", done, n, "images", mark))
-    )
+    steps = list(windows(len(rows), recipe, seed))
+    features: Features
+    if size_of_all(student, encoder, len(images)) <= CACHE_BYTES:
+        features = student.image_features(
+            encoder, images, lambda done, n: report(_event("images", done, n, "images", mark))
+        )
+    else:
+        mine = (window[rank::world] for window in steps)
+        shown = [[key for k in window if (key := rows[k].image) is not None] for window in mine]
+        features = StreamedFeatures(student, encoder, images, shown)
     seconds["features"], mark = clock() - mark, clock()
 
     # Optimizer.
@@ -97,7 +105,7 @@ def train(
     # Loop.
     loss_value, step = float("nan"), 0
     with open(out / "training.jsonl" if rank == 0 else os.devnull, "w") as log_file:
-        for window in windows(len(rows), recipe, seed):
+        for window in steps:
             lr = recipe.lr_at(step, total)
             loss_value, grad_norm = engine.step(window, lr)
             if not np.isfinite(loss_value):

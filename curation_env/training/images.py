@@ -1,0 +1,76 @@
+"""Image features where a run has more images than memory: computed a step ahead of their use, window by window."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from curation_env.training.data import Encoder
+from curation_env.training.model import Student
+
+CACHE_BYTES = 1 << 30  # features of all images up to here are kept, not computed again
+WINDOWS_AHEAD = 4
+DECODERS = 2  # threads; decoding and resizing release the interpreter's lock
+
+
+class StreamedFeatures(Mapping[bytes, torch.Tensor]):
+    """Features by image key, of one window at a time: asking for a key of the next window moves on to it.
+
+    Args:
+        images: Encoded bytes by key; None is a black image.
+        windows: Keys of the images of every step, in the order of the steps.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        encoder: Encoder,
+        images: Mapping[bytes, bytes | None],
+        windows: Sequence[Sequence[bytes]],
+    ) -> None:
+        self._student, self._encoder, self._images = student, encoder, images
+        self._left = iter([sorted(set(keys)) for keys in windows])
+        self._threads = ThreadPoolExecutor(DECODERS)
+        self._ahead: deque[tuple[list[bytes], Future[torch.Tensor]]] = deque()
+        self._now: dict[bytes, torch.Tensor] = {}
+        for _ in range(WINDOWS_AHEAD):
+            self._decode_next()
+
+    def __getitem__(self, key: bytes) -> torch.Tensor:
+        while key not in self._now:
+            if not self._ahead:
+                raise KeyError(f"no window that is left shows {key.hex()}")
+            keys, pixels = self._ahead.popleft()
+            self._decode_next()
+            self._now = dict(zip(keys, self._student.see(pixels.result()), strict=True)) if keys else {}
+        return self._now[key]
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._images)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def close(self) -> None:
+        """Stop decoding."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _decode_next(self) -> None:
+        keys = next(self._left, None)
+        if keys is not None:
+            self._ahead.append((keys, self._threads.submit(self._pixels, keys)))
+
+    def _pixels(self, keys: list[bytes]) -> torch.Tensor:
+        if not keys:
+            return torch.empty(0)
+        pixels = self._encoder.pixels([self._images[key] for key in keys])
+        return pixels.pin_memory() if self._student.device.type == "cuda" else pixels
+
+
+def size_of_all(student: Student, encoder: Encoder, n_images: int) -> int:
+    """Bytes that the features of `n_images` images take."""
+    width = student.model.config.vision_config.hidden_size
+    return n_images * encoder.tokens_per_image * width * student.model.dtype.itemsize

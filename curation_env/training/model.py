@@ -54,11 +54,11 @@ def packed_attention(
     to the right of every row, so a causal mask alone keeps it out, and no other layer computes on it.
     """
     if ends is not None:
+        groups = query.shape[1] // key.shape[1]
         q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
-        out = varlen_attn(
-            q, k, v, ends, ends, longest, longest,
-            scale=scaling, window_size=(-1, 0), enable_gqa=query.shape[1] != key.shape[1],
-        )  # fmt: skip
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        out = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=(-1, 0))
         assert isinstance(out, torch.Tensor)
         return out[None], None
     assert layout is not None

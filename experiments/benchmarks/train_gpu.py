@@ -116,7 +116,8 @@ def ours(model: Any, recipe: Recipe, rows: list[Row], device: torch.device, warm
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     student = Student.of(model, recipe, device, "packed")
-    encoder = Encoder(None, CLIPImageProcessorPil(size={"shortest_edge": 336}), IMAGE_TOKEN, 576, recipe)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
+    encoder = Encoder(None, processor, IMAGE_TOKEN, 576, recipe)
     steps = list(windows(len(rows), recipe, 42))
     images = {row.image: row.image_bytes for row in rows if row.image is not None}
     shown = [[key for k in window if (key := rows[k].image) is not None] for window in steps]

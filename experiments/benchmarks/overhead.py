@@ -29,9 +29,8 @@ from curation_env.actions import policy, shell
 RANDOM = """
 import random
 import curation
-ids = list(curation.pool()["id"])
 random.seed({seed})
-curation.select(random.sample(ids, curation.task()["rows"]))
+curation.select(random.sample(curation.column("id").tolist(), curation.task()["rows"]))
 """
 
 
@@ -71,9 +70,15 @@ def measure(task: str, sandbox: str, iterations: int, commands: int) -> dict[str
     env = envs.make(task, sandbox=sandbox, iterations=iterations + 2, cache=False)  # one is left
     core = env.unwrapped
     note("first reset, workers cold", seconds(lambda: env.reset(seed=0)))
-    env.step(policy(RANDOM.format(seed=0)))  # warms the worker's caches
+
+    def iterate(seed: int) -> None:
+        obs, *_, info = env.step(policy(RANDOM.format(seed=seed)))
+        if info["status"] != "scored":
+            raise SystemExit(obs["message"])
+
+    iterate(0)  # warms the worker's caches
     for k in range(1, iterations + 1):
-        wall = seconds(lambda k=k: env.step(policy(RANDOM.format(seed=k))))
+        wall = seconds(lambda k=k: iterate(k))
         stages = core.ledger.events("iteration")[-1]["seconds"]
         run = core.ledger.events("policy_run")[-1]["seconds"]
         note("iteration, wall clock", wall)

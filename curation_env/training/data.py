@@ -286,5 +286,5 @@ def even_micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int
             batches[least].append(k)
             used[least] += lengths[k]
         else:
-            return [batch[::-1] for batch in batches if batch]
+            return [sorted(batch, key=lambda k: (lengths[k], k)) for batch in batches if batch]
         n += 1

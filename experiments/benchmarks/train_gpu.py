@@ -1,12 +1,13 @@
-"""Training speed of LLaVA-1.5-7B on a GPU: the real architecture with random weights, rows of the real length distribution.
+"""Training speed of LLaVA-1.5-7B on a GPU: the real architecture, random weights, rows of the real length distribution.
 
     python experiments/benchmarks/train_gpu.py                        # the fixed trainer's step
     python experiments/benchmarks/train_gpu.py --published 4  # and four steps of the published recipe, in the same run
 
-Text lengths are log-normal with a mean of 207 tokens beside the 576 of an image, up to 2,048 in all; images are JPEGs of
-640 x 480 pixels that go through the real processor and tower. Prints tokens a second, the useful rate (6 x parameters
-of the language model x tokens, no credit for padding or recomputation), its share of a large bf16 matrix product's rate
-on the same card, the peak of memory, and the seconds from the start of the process to the end of the first step.
+Text lengths are log-normal with a mean of 207 tokens beside the 576 of an image, up to 2,048 in all; images are JPEGs
+of 640 x 480 pixels that go through the real processor and tower. Prints tokens a second, the useful rate (6 x
+parameters of the language model x tokens, no credit for padding or recomputation), its share of a large bf16 matrix
+product's rate on the same card, the peak of memory, and the seconds from the start of the process to the end of the
+first step.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from evaluation_support import SUITE, make_suite, toy_tables
 from training_support import make_init, make_pool, make_rows
 
 from curation_env.errors import JudgeUnavailable, MissingAssets, StageFailed
+from curation_env.evaluation import static
 from curation_env.evaluation.generate import Prompt, batches, generate
 from curation_env.evaluation.judge import Endpoint
 from curation_env.evaluation.run import evaluate, jackknife_variance
@@ -174,6 +175,8 @@ def test_one_prompt_alone_is_answered_as_among_others(checkpoint: Path, suite: S
     together = generate(student, prompts, features, end_token=encoder.end_token)
     alone = [generate(student, [prompt], features, end_token=encoder.end_token)[0] for prompt in prompts]
     assert together == alone
+    packed = Student.load(checkpoint, RECIPE, CPU, attention="packed")
+    assert static.decode(packed, prompts, features, encoder.end_token) == together  # what a GPU records as a graph
     assert any(0 < len(answer) < prompt.max_new_tokens for answer, prompt in zip(together, prompts, strict=True))
     for prompt, answer in list(zip(prompts, together, strict=True))[::9]:
         pixels = encoder.pixels([images[key] for key in prompt.images]) if prompt.images else None

@@ -12,7 +12,7 @@ from curation_env.training.model import Features, Student
 
 ROWS_PER_BATCH = {"cpu": 128, "cuda": 2048}
 TOKENS_PER_BATCH = 16_384  # on a CPU: what its caches like
-CACHE_BYTES = 4 << 30  # on a GPU: as many tokens as have room there
+CACHE_SHARE = 0.5  # of a GPU's free memory, for the keys and values of a batch
 
 
 class Prompt(NamedTuple):
@@ -36,12 +36,15 @@ def generate(
     Batches hold prompts of similar length, so the answers come out of order; they are returned in the prompts' order. A
     prompt's answer does not depend on its neighbours.
     """
+    from curation_env.evaluation import static
+
+    decode = static.decode if student.any_length else _decode
     answers: list[list[int]] = [[] for _ in prompts]
     done = 0
     for batch in batches(prompts, *batch_limits(student)):
         with torch.inference_mode():
             for index, tokens in zip(
-                batch, _decode(student, [prompts[k] for k in batch], features, end_token), strict=True
+                batch, decode(student, [prompts[k] for k in batch], features, end_token), strict=True
             ):
                 answers[index] = tokens
         done += len(batch)
@@ -57,7 +60,8 @@ def batch_limits(student: Student) -> tuple[int, int]:
         return ROWS_PER_BATCH[kind], TOKENS_PER_BATCH
     text = student.model.config.text_config
     per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * student.model.dtype.itemsize
-    return ROWS_PER_BATCH[kind], CACHE_BYTES // per_token
+    free, _ = torch.cuda.mem_get_info()
+    return ROWS_PER_BATCH[kind], int(CACHE_SHARE * free) // per_token
 
 
 def batches(prompts: Sequence[Prompt], max_rows: int, max_tokens: int) -> Iterator[list[int]]:

@@ -44,6 +44,7 @@ def packed_attention(
     layout: Sequence[Rectangle] | None = None,
     ends: torch.Tensor | None = None,
     longest: int = 0,
+    present: torch.Tensor | None = None,
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -52,7 +53,15 @@ def packed_attention(
     In half precision on a GPU a kernel for rows of any length does it, told by `ends` where they end and by `longest`
     what no row exceeds. Elsewhere rows are padded, to the longest of their run in `layout`, and only here: padding lies
     to the right of every row, so a causal mask alone keeps it out, and no other layer computes on it.
+
+    Where one token a row is decoded, (rows, heads, 1, width) in, `present` says which cached ones each sees: bool of
+    shape (rows, 1, 1, cached).
     """
+    if present is not None:
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=present, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        return out.transpose(1, 2), None
     if ends is not None:
         groups = query.shape[1] // key.shape[1]
         q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
@@ -118,8 +127,10 @@ class Student:
         from transformers import AttentionInterface
 
         AttentionInterface.register("packed", packed_attention)
-        model.set_attn_implementation({"text_config": attention})
         model.to(device)
+        if cls(model, device).any_length:
+            attention = "packed"  # which decodes there, too
+        model.set_attn_implementation({"text_config": attention})
         model.eval()  # the students have no dropout: eval and train modes are the same function
         for name, parameter in model.named_parameters():
             if any(name.startswith(prefix) for prefix in recipe.freeze):
@@ -175,18 +186,19 @@ class Student:
         projected = self.model.model.multi_modal_projector(images)
         return embedded.index_copy(0, image_slots, projected.flatten(0, 1))
 
+    def layout(self, packed: Packed) -> dict[str, Any]:
+        """What `packed_attention` has to know of packed rows."""
+        if self.any_length:
+            return {"ends": packed.ends, "longest": self.model.config.text_config.max_position_embeddings}
+        return {"layout": packed.rectangles}
+
     def token_losses(self, rows: Sequence[Row], features: Features) -> torch.Tensor:
         """Return the cross-entropy of every supervised token of `rows`, packed: shape (S,), row after row."""
         packed = Packed.of(rows, self.model.config.image_token_index, self.device)
         images = torch.stack([features[key] for key in packed.images]) if packed.images else None
         embedded = self.embed(packed.tokens, packed.image_slots, images)
-        if self.any_length:
-            longest = self.model.config.text_config.max_position_embeddings
-            layout: dict[str, Any] = {"ends": packed.ends, "longest": longest}
-        else:
-            layout = {"layout": packed.rectangles}
         hidden = self.model.model.language_model(
-            inputs_embeds=embedded[None], position_ids=packed.positions[None], use_cache=False, **layout
+            inputs_embeds=embedded[None], position_ids=packed.positions[None], use_cache=False, **self.layout(packed)
         ).last_hidden_state[0]
         logits = self.model.lm_head(hidden.index_select(0, packed.sources))
         return F.cross_entropy(logits.float(), packed.targets, reduction="none")

@@ -67,9 +67,9 @@ def packed_attention(
         q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
         if groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        out = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=(-1, 0))
-        assert isinstance(out, torch.Tensor)
-        return out[None], None
+        attended = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=(-1, 0))
+        assert isinstance(attended, torch.Tensor)
+        return attended[None], None
     assert layout is not None
     parts = [states[0].transpose(0, 1).split([r.n for r in layout]) for states in (query, key, value)]
     mixed = []

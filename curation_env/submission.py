@@ -226,7 +226,7 @@ class Validated:
 
 
 def validate(
-    submission: Submission, view: Pool, budget: Budget, count: Callable[[Conversation, bool], int] | None = None
+    submission: Submission, view: Pool, budget: Budget, count: Callable[[Conversation, bytes | None], int] | None = None
 ) -> Validated:
     """Check a submission against the agent's view of the pool and the task's budget.
 
@@ -234,7 +234,7 @@ def validate(
         submission: What the policy selected.
         view: The pool without blocked rows; `n_tokens` are supervised tokens a row.
         budget: Rows, tokens, and whether repeats and rewrites are allowed.
-        count: Supervised tokens of a rewritten conversation, with or without an image, as the trainer counts them;
+        count: Supervised tokens of a rewritten conversation beside the bytes of its image, as the trainer counts them;
             needed where the task allows rewrites.
 
     Raises:
@@ -270,8 +270,10 @@ def validate(
         if count is None:
             raise ValueError("a task that allows rewrites needs a count of their tokens")
         own = {
-            id_: count(turns, bool(view.image_digests[position[id_]].any()))
-            for id_, turns in submission.rewrites.items()
+            id_: count(turns, row["image"]["bytes"] if row["image"] is not None else None)
+            for (id_, turns), row in zip(
+                submission.rewrites.items(), view.rows(position[id_] for id_ in submission.rewrites), strict=True
+            )
         }
         tokens = np.array([own.get(id_, n) for id_, n in zip(submission.ids, tokens, strict=True)], np.int64)
     bare = list(dict.fromkeys(submission.ids[k] for k in np.flatnonzero(tokens < 1)))

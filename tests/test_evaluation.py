@@ -165,18 +165,18 @@ def test_one_prompt_alone_is_answered_as_among_others(checkpoint: Path, suite: S
     features = student.image_features(encoder, images)
     prompts = [
         Prompt(
-            encoder.prompt(item.prompt(suite.benchmarks[item.benchmark].prompt), len(item.images)),
+            encoder.prompt(item.prompt(suite.benchmarks[item.benchmark].prompt), item.images)[0],
             tuple(image_key(data) for data in item.images),
             3 + k % 4,
         )
         for k, item in enumerate(items)
     ]
-    prompts.append(Prompt(encoder.prompt("hello how are you", 0), (), 6))
+    prompts.append(Prompt(encoder.prompt("hello how are you", ())[0], (), 6))
     together = generate(student, prompts, features, end_token=encoder.end_token)
     alone = [generate(student, [prompt], features, end_token=encoder.end_token)[0] for prompt in prompts]
     assert together == alone
     packed = Student.load(checkpoint, RECIPE, CPU, attention="packed")
-    assert static.decode(packed, prompts, features, encoder.end_token) == together  # what a GPU records as a graph
+    assert static.decode(packed, prompts, features, [encoder.end_token]) == together  # what a GPU records as a graph
     assert any(0 < len(answer) < prompt.max_new_tokens for answer, prompt in zip(together, prompts, strict=True))
     for prompt, answer in list(zip(prompts, together, strict=True))[::9]:
         pixels = encoder.pixels([images[key] for key in prompt.images]) if prompt.images else None
@@ -207,7 +207,7 @@ def test_batches_are_bounded() -> None:
 
 def test_a_batch_holds_prompts_of_several_answer_limits(checkpoint: Path) -> None:
     encoder, student = Encoder.load(checkpoint, RECIPE), Student.load(checkpoint, RECIPE, CPU, attention="sdpa")
-    tokens = encoder.prompt("what is shown ?", 0)
+    tokens, _ = encoder.prompt("what is shown ?", ())
     prompts = [Prompt(tokens, (), limit) for limit in (1, 3, 9, 2)]
     answers = generate(student, prompts, {}, end_token=-1)  # never ends by itself
     assert [len(answer) for answer in answers] == [1, 3, 9, 2]

@@ -69,7 +69,7 @@ def test_only_answers_and_their_end_are_supervised(init: Path, recipe: Recipe) -
     (row,) = encoder.encode_rows([raw])
     spoken = encoder.tokenizer.convert_ids_to_tokens(row.tokens[row.supervised].tolist())
     assert spoken == ["no", "</s>", "the", "blue", "</s>"]
-    assert (row.tokens == encoder.image_token).sum() == encoder.tokens_per_image == 16
+    assert (row.tokens == encoder.image_token).sum() == 16
     assert row.tokens[0] == encoder.tokenizer.bos_token_id
 
 

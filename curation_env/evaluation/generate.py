@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from curation_env.training.data import Encoder
+from curation_env.training.images import StreamedFeatures, bytes_kept, image_tokens
 from curation_env.training.model import Features, Student
 
 ROWS_PER_BATCH = {"cpu": 128, "cuda": 2048}
 TOKENS_PER_BATCH = 16_384  # on a CPU: what its caches like
+FEATURE_BYTES = 16 << 30  # features of a suite's images up to here are kept, for the next checkpoint with this tower
+PROMPTS_PER_WINDOW = 16  # whose images are in memory at a time, where those of the suite are not
 CACHE_SHARE = 0.5  # of a GPU's free memory, for the keys and values of a batch
 
 
 class Prompt(NamedTuple):
-    """Tokens with expanded image tokens, keys of the images in order, and the most tokens to answer with."""
+    """Tokens with expanded image tokens, keys of the images in order, and the most tokens to answer with.
+
+    `positions` are the family's own, int64 of shape (axes, length), or None where they count 0, 1, 2, ...
+    """
 
     tokens: np.ndarray
     images: tuple[bytes, ...]
     max_new_tokens: int
+    positions: np.ndarray | None = None
+
+    @property
+    def next_position(self) -> int:
+        """The position of the first token of the answer, along every axis."""
+        return len(self.tokens) if self.positions is None else int(self.positions.max()) + 1
 
 
 def generate(
@@ -29,9 +43,10 @@ def generate(
     features: Features,
     *,
     end_token: int,
+    stop_tokens: Sequence[int] = (),
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
-    """Return the tokens that the student answers each prompt with, the end token left out.
+    """Return the tokens that the student answers each prompt with, without the end (or stop) token and what follows.
 
     Batches hold prompts of similar length, so the answers come out of order; they are returned in the prompts' order. A
     prompt's answer does not depend on its neighbours.
@@ -39,18 +54,38 @@ def generate(
     from curation_env.evaluation import static
 
     decode = static.decode if student.any_length else _decode
+    ends = [end_token, *stop_tokens]
     answers: list[list[int]] = [[] for _ in prompts]
     done = 0
     for batch in batches(prompts, *batch_limits(student)):
         with torch.inference_mode():
-            for index, tokens in zip(
-                batch, decode(student, [prompts[k] for k in batch], features, end_token), strict=True
-            ):
+            for index, tokens in zip(batch, decode(student, [prompts[k] for k in batch], features, ends), strict=True):
                 answers[index] = tokens
         done += len(batch)
         if on_progress:
             on_progress(done, len(prompts))
     return answers
+
+
+def suite_features(
+    student: Student,
+    encoder: Encoder,
+    prompts: Sequence[Prompt],
+    images: Mapping[bytes, bytes | None],
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Features:
+    """Return the features of all images of prompts; where those don't fit, they are computed as they are needed.
+
+    Args:
+        images: Encoded bytes by key.
+    """
+    rows = ((prompt.images, prompt.tokens) for prompt in prompts)
+    if bytes_kept(student, image_tokens(rows, encoder.image_token)) <= FEATURE_BYTES:
+        return student.image_features(encoder, images, on_progress)
+    # In the order in which prompts are answered, however they are batched.
+    windows = batches(prompts, PROMPTS_PER_WINDOW, max_tokens=sys.maxsize)
+    shown = [[key for k in window for key in prompts[k].images] for window in windows]
+    return StreamedFeatures(student, encoder, images, shown)
 
 
 def batch_limits(student: Student) -> tuple[int, int]:
@@ -59,9 +94,14 @@ def batch_limits(student: Student) -> tuple[int, int]:
     if kind == "cpu":
         return ROWS_PER_BATCH[kind], TOKENS_PER_BATCH
     text = student.model.config.text_config
-    per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * student.model.dtype.itemsize
+    per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head_width(text) * student.model.dtype.itemsize
     free, _ = torch.cuda.mem_get_info()
     return ROWS_PER_BATCH[kind], int(CACHE_SHARE * free) // per_token
+
+
+def head_width(text: Any) -> int:
+    """Width of an attention head; not every configuration says it."""
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 def batches(prompts: Sequence[Prompt], max_rows: int, max_tokens: int) -> Iterator[list[int]]:
@@ -80,34 +120,40 @@ def batches(prompts: Sequence[Prompt], max_rows: int, max_tokens: int) -> Iterat
         yield batch
 
 
-def _decode(student: Student, prompts: list[Prompt], features: Features, end_token: int) -> list[list[int]]:
+def _decode(student: Student, prompts: list[Prompt], features: Features, ends: list[int]) -> list[list[int]]:
     from transformers import DynamicCache
 
     longest = max(len(prompt.tokens) for prompt in prompts)
-    tokens = np.full((len(prompts), longest), end_token)
+    tokens = np.full((len(prompts), longest), ends[0])
     present = np.zeros((len(prompts), longest), np.int64)
     for row, prompt in enumerate(prompts):
         tokens[row, longest - len(prompt.tokens) :] = prompt.tokens
         present[row, longest - len(prompt.tokens) :] = 1
     mask = torch.from_numpy(present).to(student.device)
-    text: Any = student.model.model.language_model
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    if any(prompt.positions is not None for prompt in prompts):
+        positions = positions.expand(3, -1, -1).clone()
+        for row, prompt in enumerate(prompts):
+            if prompt.positions is not None:
+                positions[:, row, longest - len(prompt.tokens) :] = torch.from_numpy(prompt.positions)
+    text: Any = student.parts.text
     cache = DynamicCache(config=text.config)
     hidden = text(
         inputs_embeds=_embed(student, torch.from_numpy(tokens), prompts, features),
         attention_mask=mask,
-        position_ids=(mask.cumsum(1) - 1).clamp_min(0),
+        position_ids=positions,
         past_key_values=cache,
         use_cache=True,
     ).last_hidden_state[:, -1]
 
     answers: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))  # which prompt each row of the shrinking batch belongs to
-    lengths = mask.sum(1)
+    following = torch.tensor([prompt.next_position for prompt in prompts], device=student.device)
     while True:
         chosen = student.model.lm_head(hidden).argmax(-1)
         going = []
         for k, (row, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
-            if token != end_token:
+            if token not in ends:
                 answers[row].append(token)
                 if len(answers[row]) < prompts[row].max_new_tokens:
                     going.append(k)
@@ -116,22 +162,21 @@ def _decode(student: Student, prompts: list[Prompt], features: Features, end_tok
         if len(going) < len(rows):
             rows = [rows[k] for k in going]
             keep = torch.tensor(going, device=student.device)
-            chosen, mask, lengths = chosen[keep], mask[keep], lengths[keep]
+            chosen, mask, following = chosen[keep], mask[keep], following[keep]
             cache.batch_select_indices(keep)
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
         hidden = text(
             inputs_embeds=student.model.get_input_embeddings()(chosen[:, None]),
             attention_mask=mask,
-            position_ids=lengths[:, None],
+            position_ids=following[:, None],
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state[:, -1]
-        lengths = lengths + 1
+        following = following + 1
 
 
 def _embed(student: Student, tokens: torch.Tensor, prompts: list[Prompt], features: Features) -> torch.Tensor:
-    slots = (tokens.flatten() == student.model.config.image_token_index).nonzero()[:, 0]
-    keys = [key for prompt in prompts for key in prompt.images]
-    images = torch.stack([features[key] for key in keys]) if keys else None
+    slots = (tokens.flatten() == student.parts.image_token).nonzero()[:, 0]
+    images = [features[key] for prompt in prompts for key in prompt.images]
     flat = student.embed(tokens.flatten().to(student.device), slots.to(student.device), images)
     return flat.view(*tokens.shape, -1)

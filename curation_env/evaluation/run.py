@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from curation_env.errors import JudgeUnavailable, StageFailed
-from curation_env.evaluation.generate import Prompt, generate
+from curation_env.evaluation.generate import Prompt, generate, suite_features
 from curation_env.evaluation.judge import Endpoint, JudgeClient
 from curation_env.evaluation.scorers import Grade, JudgeRequest, Scorer, make_scorer
 from curation_env.evaluation.suite import Item, Part, Suite, fingerprint, read_split, read_suite
@@ -84,16 +84,20 @@ def evaluate(
         student = Student.load(checkpoint, recipe, resolve_device(device), attention="sdpa")
         key, prepared = _prepare(encoder, suite, suite_dir, checkpoint)
         place = (key, student.tower_digest(), str(student.device))
-        if place not in _features:
+        features = _features.get(place)
+        if features is None:
             _features.clear()
-            _features[place] = student.image_features(encoder, prepared.images, progress("images", "images"))
+            features = suite_features(student, encoder, prepared.prompts, prepared.images, progress("images", "images"))
+            if isinstance(features, dict):
+                _features[place] = features
         seconds["load"], mark = clock() - mark, clock()
 
         answers = generate(
             student,
             prepared.prompts,
-            _features[place],
+            features,
             end_token=encoder.end_token,
+            stop_tokens=encoder.stop_tokens,
             on_progress=progress("evaluate", "questions"),
         )
         texts = [text.strip() for text in encoder.tokenizer.batch_decode(answers, skip_special_tokens=True)]
@@ -147,8 +151,8 @@ def _prepare(encoder: Encoder, suite: Suite, suite_dir: str | Path, checkpoint: 
             for item in rows:
                 keys = tuple(image_key(data) for data in item.images)
                 images.update(zip(keys, item.images, strict=True))
-                tokens = encoder.prompt(item.prompt(benchmark.prompt), len(keys))
-                prompts.append(Prompt(tokens, keys, benchmark.max_new_tokens))
+                tokens, positions = encoder.prompt(item.prompt(benchmark.prompt), item.images)
+                prompts.append(Prompt(tokens, keys, benchmark.max_new_tokens, positions))
         prepared = Prepared(items, read_split(suite_dir, items), prompts, images)
         _prepared.clear()
         _prepared[key] = prepared

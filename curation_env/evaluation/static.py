@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from curation_env.evaluation.generate import Prompt
+from curation_env.evaluation.generate import Prompt, head_width
 from curation_env.training.data import Packed, Row
 from curation_env.training.model import Features, Student
 
@@ -26,28 +26,30 @@ class Cache:
     Attributes:
         keys, values: Shape (layers, rows, heads, longest, width).
         lengths: int64 of shape (rows,): tokens of each row.
+        shifts: int64 of shape (rows,): how far a row's positions run ahead of its tokens, or (negative) behind.
     """
 
     def __init__(self, student: Student, rows: int, longest: int) -> None:
         text, device = student.model.config.text_config, student.device
-        shape = (text.num_hidden_layers, rows, text.num_key_value_heads, longest, text.head_dim)
+        shape = (text.num_hidden_layers, rows, text.num_key_value_heads, longest, head_width(text))
         self.keys, self.values = (torch.zeros(shape, dtype=student.model.dtype, device=device) for _ in range(2))
         self.rows = torch.arange(rows, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.shifts = torch.zeros(rows, dtype=torch.int64, device=device)
         self._filling: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def fill(self, rows: torch.Tensor | None, positions: torch.Tensor | None = None) -> None:
-        """Take the next pass for packed tokens of `rows` at `positions`; None: for one token of each row."""
-        self._filling = None if rows is None or positions is None else (rows, positions)
+    def fill(self, rows: torch.Tensor | None, places: torch.Tensor | None = None) -> None:
+        """Take the next pass for packed tokens of `rows` at `places`; None: for one token of each row."""
+        self._filling = None if rows is None or places is None else (rows, places)
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store a layer's new keys and values and return those to attend to."""
         if self._filling is not None:
-            rows, positions = self._filling
-            self.keys[layer][rows, :, positions] = keys[0].transpose(0, 1)
-            self.values[layer][rows, :, positions] = values[0].transpose(0, 1)
+            rows, places = self._filling
+            self.keys[layer][rows, :, places] = keys[0].transpose(0, 1)
+            self.values[layer][rows, :, places] = values[0].transpose(0, 1)
             return keys, values
         self.keys[layer][self.rows, :, self.lengths] = keys[:, :, 0]
         self.values[layer][self.rows, :, self.lengths] = values[:, :, 0]
@@ -59,7 +61,8 @@ class Cache:
     def select(self, rows: torch.Tensor) -> None:
         """Keep these rows alone."""
         self.keys, self.values = self.keys.index_select(1, rows), self.values.index_select(1, rows)
-        self.lengths, self.rows = self.lengths[rows], self.rows[: len(rows)]
+        self.lengths, self.shifts = self.lengths[rows], self.shifts[rows]
+        self.rows = self.rows[: len(rows)]
 
 
 class Steps:
@@ -93,9 +96,9 @@ class Steps:
         model, cache = self.student.model, self.cache
         longest = cache.keys.shape[3]
         present = torch.arange(longest, device=self.tokens.device) <= cache.lengths[:, None]
-        hidden = model.model.language_model(
+        hidden = self.student.parts.text(
             inputs_embeds=model.get_input_embeddings()(self.tokens[:, None]),
-            position_ids=cache.lengths[:, None],
+            position_ids=(cache.lengths + cache.shifts)[:, None],
             past_key_values=cache,
             use_cache=True,
             present=present[:, None, None],
@@ -103,7 +106,7 @@ class Steps:
         return model.lm_head(hidden[:, -1]).argmax(-1)
 
 
-def decode(student: Student, prompts: list[Prompt], features: Features, end_token: int) -> list[list[int]]:
+def decode(student: Student, prompts: list[Prompt], features: Features, ends: list[int]) -> list[list[int]]:
     """Return the greedy answers to a batch of prompts, end tokens left out."""
     longest = max(len(p.tokens) for p in prompts) + max(p.max_new_tokens for p in prompts)
     cache = Cache(student, len(prompts), longest)
@@ -116,9 +119,9 @@ def decode(student: Student, prompts: list[Prompt], features: Features, end_toke
         for row, token in zip(rows, chosen.tolist(), strict=True):
             if row not in going:
                 continue
-            if token != end_token:
+            if token not in ends:
                 answers[row].append(token)
-            if token == end_token or len(answers[row]) == prompts[row].max_new_tokens:
+            if token in ends or len(answers[row]) == prompts[row].max_new_tokens:
                 going.remove(row)
         if not going:
             return answers
@@ -142,18 +145,17 @@ def _prefill(student: Student, cache: Cache, prompts: Sequence[Prompt], features
             used += len(prompts[stop].tokens)
             stop += 1
         chunk = prompts[start:stop]
-        rows = [Row("", p.tokens, np.zeros(len(p.tokens), bool), None) for p in chunk]
-        packed = Packed.of(rows, student.model.config.image_token_index, student.device)
-        keys = [key for p in chunk for key in p.images]
-        images = torch.stack([features[key] for key in keys]) if keys else None
+        rows = [Row("", p.tokens, np.zeros(len(p.tokens), bool), None, positions=p.positions) for p in chunk]
+        packed = Packed.of(rows, student.parts.image_token, student.device)
+        images = [features[key] for p in chunk for key in p.images]
         of_row = torch.repeat_interleave(
             torch.arange(start, stop, device=student.device),
             torch.tensor([len(p.tokens) for p in chunk]).to(student.device),
         )
-        cache.fill(of_row, packed.positions)
-        hidden = student.model.model.language_model(
+        cache.fill(of_row, packed.places)
+        hidden = student.parts.text(
             inputs_embeds=student.embed(packed.tokens, packed.image_slots, images)[None],
-            position_ids=packed.positions[None],
+            position_ids=packed.positions.unsqueeze(-2),
             past_key_values=cache,
             use_cache=True,
             **student.layout(packed),
@@ -162,4 +164,5 @@ def _prefill(student: Student, cache: Cache, prompts: Sequence[Prompt], features
         start = stop
     cache.fill(None)
     cache.lengths.copy_(torch.tensor([len(p.tokens) for p in prompts]))
+    cache.shifts.copy_(torch.tensor([p.next_position - len(p.tokens) for p in prompts]))
     return torch.cat(firsts)

@@ -15,9 +15,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from curation_env.errors import MissingAssets, UnsupervisedRow
+from curation_env.errors import UnsupervisedRow
 from curation_env.pool import Pool
+from curation_env.training.families import Images, Layout, Tensors, images_of
 from curation_env.training.recipe import Recipe
+from curation_env.training.spans import expanded, image_texts, layout_of, supervised_tokens
 
 BLACK = b"black"  # stands for the image of a text-only row where the recipe gives it one
 
@@ -30,6 +32,7 @@ class Row:
         tokens: int64 of shape (length,), image tokens included.
         supervised: bool of shape (length,): True where the token is a target.
         image: Key of its image in the features (digest), or None.
+        positions: int64 of shape (axes, length) where the family's are not simply 0, 1, 2, ...; else None.
     """
 
     id: str
@@ -37,6 +40,7 @@ class Row:
     supervised: np.ndarray
     image: bytes | None
     image_bytes: bytes | None = field(repr=False, default=None)
+    positions: np.ndarray | None = field(repr=False, default=None)
 
     @property
     def n_supervised(self) -> int:
@@ -49,18 +53,12 @@ class Encoder:
 
     Args:
         tokenizer: A fast tokenizer (character offsets are needed).
-        image_processor: The checkpoint's own image processor.
-        image_token: Id of the placeholder token in the text.
-        tokens_per_image: How many tokens an image takes.
+        images: How the student's family puts images into rows.
     """
 
-    def __init__(
-        self, tokenizer: Any, image_processor: Any, image_token: int, tokens_per_image: int, recipe: Recipe
-    ) -> None:
+    def __init__(self, tokenizer: Any, images: Images, recipe: Recipe) -> None:
         self.tokenizer = tokenizer
-        self.image_processor = image_processor
-        self.image_token = image_token
-        self.tokens_per_image = tokens_per_image
+        self.images = images
         self.recipe = recipe
 
     @classmethod
@@ -69,60 +67,82 @@ class Encoder:
 
         Raises:
             MissingAssets: There is no checkpoint at `folder`.
+            StageFailed: It is of an architecture that no family knows.
         """
-        from transformers import AutoConfig, AutoTokenizer
-        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+        from transformers import AutoTokenizer
 
-        if not (Path(folder) / "config.json").is_file():
-            raise MissingAssets(f"no checkpoint at {folder}: there is no config.json")
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
-        vision = config.vision_config
-        n = (vision.image_size // vision.patch_size) ** 2 + (config.vision_feature_select_strategy == "full")
-        return cls(tokenizer, processor, config.image_token_index, n, recipe)
+        images = images_of(folder)
+        return cls(AutoTokenizer.from_pretrained(folder, local_files_only=True), images, recipe)
 
-    def prompt(self, question: str, images: int) -> np.ndarray:
-        """Return the tokens after which the student answers a question about `images` images; never truncated."""
-        text, _ = self.recipe.chat.render([(question, None)], images=images)
-        ((tokens, _),) = self.tokenize([text], [[]])
-        return tokens
+    @property
+    def image_token(self) -> int:
+        """Id of the placeholder token in the text."""
+        return self.images.token
+
+    def prompt(self, question: str, images: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return the tokens after which the student answers a question about images; never truncated.
+
+        Returns:
+            int64 of shape (length,), and positions, int64 of shape (axes, length), where the family has its own.
+        """
+        layouts = [self.layout(data) for data in images]
+        text, _ = self.recipe.chat.render([(question, None)], images=image_texts(self.images, self.recipe, layouts))
+        ((tokens, _),) = self.tokenize([text], [[]], [layouts])
+        return tokens, self.images.positions(tokens, layouts)
 
     @property
     def end_token(self) -> int:
         """The token that ends an answer."""
         return self.tokenizer.convert_tokens_to_ids(self.recipe.chat.end)
 
+    @property
+    def stop_tokens(self) -> list[int]:
+        """Further tokens after which the student says nothing that counts."""
+        return [self.tokenizer.convert_tokens_to_ids(token) for token in self.recipe.chat.stop]
+
+    def layout(self, data: bytes | None) -> Layout:
+        """What an image (None: the black one) becomes in the text."""
+        return layout_of(self.images, self.recipe, data)
+
     def tokenize(
-        self, texts: Sequence[str], spans: Sequence[Sequence[tuple[int, int]]]
+        self,
+        texts: Sequence[str],
+        spans: Sequence[Sequence[tuple[int, int]]],
+        layouts: Sequence[Sequence[Layout]],
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield each text's token ids, image tokens expanded, and which of them lie inside the text's spans."""
+        """Yield each text's token ids, image tokens expanded, and which of them lie inside the text's spans.
+
+        Raises:
+            StageFailed: A text holds the image's token beside its images.
+        """
         found = self.tokenizer(list(texts), return_offsets_mapping=True)
-        for ids, offset_mapping, inside in zip(found["input_ids"], found["offset_mapping"], spans, strict=True):
+        for ids, offset_mapping, inside, shown in zip(
+            found["input_ids"], found["offset_mapping"], spans, layouts, strict=True
+        ):
             tokens, offsets = np.asarray(ids, np.int64), np.asarray(offset_mapping, np.int64).reshape(-1, 2)
-            supervised = np.zeros(len(tokens), bool)
-            for start, end in inside:
-                supervised |= (offsets[:, 0] >= start) & (offsets[:, 1] <= end) & (offsets[:, 1] > offsets[:, 0])
-            repeats = np.where(tokens == self.image_token, self.tokens_per_image, 1)
-            yield np.repeat(tokens, repeats), np.repeat(supervised, repeats)
+            yield expanded(tokens, supervised_tokens(offsets, inside), self.image_token, shown)
 
     def encode_rows(self, rows: Sequence[dict[str, Any]]) -> list[Row]:
         """Encode pool rows: `id`, `image` ({"bytes", ..} or None), `conversation`."""
         black, limit = self.recipe.text_only_image == "black", self.recipe.max_length
         images = [row["image"]["bytes"] if row["image"] is not None else None for row in rows]
         keys = [image_key(data) if data is not None else BLACK if black else None for data in images]
+        shown = [[self.layout(data)] if key is not None else [] for key, data in zip(keys, images, strict=True)]
         texts, spans = [], []
-        for row, key in zip(rows, keys, strict=True):
+        for row, layouts in zip(rows, shown, strict=True):
             turns = [(turn["user"], turn["assistant"]) for turn in row["conversation"]]
-            text, inside = self.recipe.chat.render(turns, images=int(key is not None))
+            text, inside = self.recipe.chat.render(turns, images=image_texts(self.images, self.recipe, layouts))
             texts.append(text)
             spans.append(inside)
-        return [
-            Row(row["id"], tokens[:limit], supervised[:limit], key, data)
-            for row, key, data, (tokens, supervised) in zip(
-                rows, keys, images, self.tokenize(texts, spans), strict=True
-            )
-        ]
+        encoded = []
+        for row, key, data, layouts, (tokens, supervised) in zip(
+            rows, keys, images, shown, self.tokenize(texts, spans, shown), strict=True
+        ):
+            positions = self.images.positions(tokens, layouts)
+            if positions is not None:
+                positions = positions[:, :limit]
+            encoded.append(Row(row["id"], tokens[:limit], supervised[:limit], key, data, positions))
+        return encoded
 
     def encode(self, rows: Iterable[dict[str, Any]]) -> list[Row]:
         """Encode rows that train, sorted so that repeats stand together: those are encoded once.
@@ -141,19 +161,17 @@ class Encoder:
             )
         return [row for row, group in zip(encoded, groups, strict=True) for _ in group]
 
-    def pixels(self, images: Sequence[bytes | None]) -> torch.Tensor:
-        """Decode images (None: black) into the tower's input, float32 of shape (n, 3, height, width)."""
-        opened = [self._open(data) for data in images]
-        return self.image_processor(opened, return_tensors="pt")["pixel_values"]
+    def pixels(self, images: Sequence[bytes | None]) -> Tensors:
+        """Decode images (None: black) into the tower's input, float32, one entry an image."""
+        return self.images.pixels([self._open(data) for data in images])
 
     def _open(self, data: bytes | None) -> Image.Image:
         if data is None:
-            size = self.image_processor.crop_size
-            return Image.new("RGB", (size["width"], size["height"]))
+            return Image.new("RGB", self.images.black)
         image = Image.open(io.BytesIO(data)).convert("RGB")
         if self.recipe.image_pad == "mean" and image.width != image.height:
             side = max(image.size)
-            colour = tuple(int(255 * value) for value in self.image_processor.image_mean)
+            colour = tuple(int(255 * value) for value in self.images.processor.image_mean)
             square = Image.new("RGB", (side, side), colour)
             square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
             return square
@@ -190,7 +208,8 @@ class Packed:
     """Rows laid end to end: T tokens, S targets, all int64.
 
     Attributes:
-        tokens, positions: Shape (T,); positions restart at every row.
+        tokens, places: Shape (T,); places count from 0 at every row.
+        positions: Shape (T,) or (axes, T): what the model rotates by; the places, where the family has none of its own.
         ends: int32 of shape (rows + 1,): where each row starts, and where the last one ends.
         rectangles: The rows again, as runs of similar length.
         image_slots: Indices of the image tokens in (T,).
@@ -199,6 +218,7 @@ class Packed:
     """
 
     tokens: torch.Tensor
+    places: torch.Tensor
     positions: torch.Tensor
     ends: torch.Tensor
     rectangles: list[Rectangle]
@@ -212,8 +232,8 @@ class Packed:
         """Pack rows in their order; rows sorted by length make few and tight rectangles."""
         lengths = [len(row.tokens) for row in rows]
         tokens = np.concatenate([row.tokens for row in rows])
-        positions = np.concatenate([np.arange(n) for n in lengths])
-        is_target = np.concatenate([row.supervised for row in rows]) & (positions > 0)
+        places = np.concatenate([np.arange(n) for n in lengths])
+        is_target = np.concatenate([row.supervised for row in rows]) & (places > 0)
         target_at = np.flatnonzero(is_target)
 
         def tensor(values: np.ndarray) -> torch.Tensor:
@@ -226,7 +246,8 @@ class Packed:
             rectangles.append(Rectangle(sum(run), len(run), longest, tensor(slots)))
         return cls(
             tokens=tensor(tokens),
-            positions=tensor(positions),
+            places=tensor(places),
+            positions=tensor(laid_out([row.positions for row in rows], lengths, places)),
             ends=tensor(np.cumsum([0, *lengths], dtype=np.int32)),
             rectangles=rectangles,
             image_slots=tensor(np.flatnonzero(tokens == image_token)),
@@ -234,6 +255,15 @@ class Packed:
             sources=tensor(target_at - 1),
             targets=tensor(tokens[target_at]),
         )
+
+
+def laid_out(positions: Sequence[np.ndarray | None], lengths: Sequence[int], places: np.ndarray) -> np.ndarray:
+    """Positions of packed rows, (T,) or (axes, T): where one has its own axes, the others count along each of them."""
+    axes = max((len(own) for own in positions if own is not None), default=0)
+    if not axes:
+        return places
+    simple = (np.broadcast_to(np.arange(n), (axes, n)) for n in lengths)
+    return np.concatenate([own if own is not None else row for own, row in zip(positions, simple, strict=True)], 1)
 
 
 def runs(lengths: Sequence[int]) -> Iterator[list[int]]:

@@ -165,6 +165,6 @@ def make(student: Student, recipe: Recipe, rows: list[Row], features: Features, 
     rank, world = rank_and_world()
     if world > 1:
         return DeepSpeedEngine(student, recipe, rows, features, rank, world, zero_stage)
-    if student.device.type == "cuda" and GraphedProcess.fits(recipe) and isinstance(features, dict):
+    if student.device.type == "cuda" and GraphedProcess.fits(student, recipe) and isinstance(features, dict):
         return GraphedProcess(student, recipe, rows, features)
     return SingleProcess(student, recipe, rows, features)

@@ -45,9 +45,10 @@ class GraphedProcess:
         self.result = self._capture() if self.graph is not None else torch.zeros(2)
 
     @staticmethod
-    def fits(recipe: Recipe) -> bool:
-        """Whether a whole window, padded, is within what the recipe lets a micro-batch hold."""
-        return recipe.examples_per_step * recipe.max_length <= recipe.tokens_per_micro_batch
+    def fits(student: Student, recipe: Recipe) -> bool:
+        """Whether a whole window, padded, is within what the recipe lets a micro-batch hold, and images are alike."""
+        window = recipe.examples_per_step * recipe.max_length
+        return student.model.config.model_type == "llava" and window <= recipe.tokens_per_micro_batch
 
     def step(self, window: Sequence[int], lr: float) -> Update:
         missing = self.recipe.examples_per_step - len(window)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import numpy as np
 import torch
 
 from curation_env.training.data import Encoder
+from curation_env.training.families import Tensors
 from curation_env.training.model import Student
 
 CACHE_BYTES = 1 << 30  # features of all images up to here are kept, not computed again
@@ -34,7 +36,7 @@ class StreamedFeatures(Mapping[bytes, torch.Tensor]):
         self._student, self._encoder, self._images = student, encoder, images
         self._left = iter([sorted(set(keys)) for keys in windows])
         self._threads = ThreadPoolExecutor(DECODERS)
-        self._ahead: deque[tuple[list[bytes], Future[torch.Tensor]]] = deque()
+        self._ahead: deque[tuple[list[bytes], Future[Tensors]]] = deque()
         self._now: dict[bytes, torch.Tensor] = {}
         for _ in range(WINDOWS_AHEAD):
             self._decode_next()
@@ -63,14 +65,22 @@ class StreamedFeatures(Mapping[bytes, torch.Tensor]):
         if keys is not None:
             self._ahead.append((keys, self._threads.submit(self._pixels, keys)))
 
-    def _pixels(self, keys: list[bytes]) -> torch.Tensor:
+    def _pixels(self, keys: list[bytes]) -> Tensors:
         if not keys:
-            return torch.empty(0)
+            return []
         pixels = self._encoder.pixels([self._images[key] for key in keys])
-        return pixels.pin_memory() if self._student.device.type == "cuda" else pixels
+        if self._student.device.type != "cuda":
+            return pixels
+        return pixels.pin_memory() if isinstance(pixels, torch.Tensor) else [part.pin_memory() for part in pixels]
 
 
-def size_of_all(student: Student, encoder: Encoder, n_images: int) -> int:
-    """Bytes that the features of `n_images` images take."""
-    width = student.model.config.vision_config.hidden_size
-    return n_images * encoder.tokens_per_image * width * student.model.dtype.itemsize
+def bytes_kept(student: Student, n_tokens: int) -> int:
+    """Bytes of what is kept of images that take `n_tokens` tokens together."""
+    if student.tower_trains:
+        return n_tokens * student.parts.pixels_per_token * torch.float32.itemsize
+    return n_tokens * student.parts.values_per_token * student.model.dtype.itemsize
+
+
+def image_tokens(rows: Iterable[tuple[tuple[bytes, ...], np.ndarray]], image_token: int) -> int:
+    """How many tokens the distinct images of rows, (images, tokens) each, take; rows of the same images count once."""
+    return sum(int((tokens == image_token).sum()) for tokens in dict(rows).values())

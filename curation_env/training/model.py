@@ -1,7 +1,8 @@
-"""The student: a `LlavaForConditionalGeneration` that trains on packed rows over cached image features."""
+"""The student: a vision-language model that trains on packed rows, over cached image features where they are frozen."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import shutil
@@ -15,6 +16,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from curation_env.errors import MissingAssets
 from curation_env.training.data import Encoder, Packed, Rectangle, Row
+from curation_env.training.families import Tensors, parts_of
 from curation_env.training.recipe import Recipe
 
 Features = Mapping[bytes, torch.Tensor]
@@ -97,6 +99,7 @@ class Student:
     def __init__(self, model: Any, device: torch.device) -> None:
         self.model = model
         self.device = device
+        self.parts = parts_of(model)
 
     @classmethod
     def load(
@@ -105,18 +108,18 @@ class Student:
         """Load a checkpoint in the recipe's precision and freeze what the recipe freezes.
 
         Args:
-            attention: "packed" for losses of packed rows, "sdpa" for padded batches with a cache.
+            attention: "packed" for losses of packed rows, "sdpa" for padded batches with a cache: nothing trains then.
 
         Raises:
             MissingAssets: There is no checkpoint at `folder`.
         """
-        from transformers import LlavaForConditionalGeneration
+        from transformers import AutoModelForImageTextToText
         from transformers.utils.logging import disable_progress_bar
 
         if not (Path(folder) / "config.json").is_file():
             raise MissingAssets(f"no checkpoint at {folder}: there is no config.json")
         disable_progress_bar()
-        model: Any = LlavaForConditionalGeneration.from_pretrained(
+        model: Any = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=DTYPES[recipe.precision], local_files_only=True, attn_implementation="sdpa"
         )
         return cls.of(model, recipe, device, attention)
@@ -128,12 +131,13 @@ class Student:
 
         AttentionInterface.register("packed", packed_attention)
         model.to(device)
+        trains = attention == "packed"
         if cls(model, device).any_length:
             attention = "packed"  # which decodes there, too
         model.set_attn_implementation({"text_config": attention})
         model.eval()  # the students have no dropout: eval and train modes are the same function
         for name, parameter in model.named_parameters():
-            if any(name.startswith(prefix) for prefix in recipe.freeze):
+            if not trains or any(name.startswith(prefix) for prefix in recipe.freeze):
                 parameter.requires_grad_(False)
         return cls(model, device)
 
@@ -142,9 +146,14 @@ class Student:
         """Whether one kernel attends within rows of any length: in half precision on a GPU."""
         return self.device.type == "cuda" and self.model.dtype in (torch.bfloat16, torch.float16)
 
+    @functools.cached_property
+    def tower_trains(self) -> bool:
+        """Whether what the tower says of an image changes with every step: its pixels are kept then, not features."""
+        return any(parameter.requires_grad for parameter in self.parts.tower.parameters())
+
     def compile(self) -> None:
         """Compile the language model's layers, one after the other: kernels are fused, for packs of any length."""
-        for layer in self.model.model.language_model.layers:
+        for layer in self.parts.text.layers:
             layer.forward = torch.compile(layer.forward, dynamic=True)
 
     def image_features(
@@ -153,7 +162,7 @@ class Student:
         images: Mapping[bytes, bytes | None],
         on_progress: Callable[[int, int], None] | None = None,
     ) -> dict[bytes, torch.Tensor]:
-        """Return what the vision tower says of images (encoded bytes by key): (tokens, width) by key.
+        """Return what is kept of images (encoded bytes by key) by key; see `see`.
 
         The order of the batches depends on the set of images alone, so the result does too.
         """
@@ -167,24 +176,27 @@ class Student:
                 on_progress(start + len(chunk), len(keys))
         return features
 
-    def see(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return the frozen tower's features, (n, tokens, width), of pixels, (n, 3, height, width)."""
-        config = self.model.config
+    def see(self, pixels: Tensors) -> Tensors:
+        """Return what is kept of images: a frozen tower's features; their pixels, where it trains and sees later."""
+        if self.tower_trains:
+            return pixels
         with torch.inference_mode():
-            pixels = pixels.to(self.device, self.model.dtype, non_blocking=True)
-            states = self.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
-            chosen = states[config.vision_feature_layer]
-            if config.vision_feature_select_strategy == "default":
-                chosen = chosen[:, 1:]
-        return chosen.clone()  # out of inference mode: training keeps it for the backward pass
+            seen = self.parts.see(self._moved(pixels))
+        # Out of inference mode: training keeps them for the backward pass.
+        return seen.clone() if isinstance(seen, torch.Tensor) else [part.clone() for part in seen]
 
-    def embed(self, tokens: torch.Tensor, image_slots: torch.Tensor, images: torch.Tensor | None) -> torch.Tensor:
-        """Return embeddings of a flat run of tokens, (T, width), with the projected images in their slots."""
+    def _moved(self, values: Tensors) -> Tensors:
+        if isinstance(values, torch.Tensor):
+            return values.to(self.device, self.model.dtype, non_blocking=True)
+        return [part.to(self.device, self.model.dtype, non_blocking=True) for part in values]
+
+    def embed(self, tokens: torch.Tensor, image_slots: torch.Tensor, images: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return embeddings of a flat run of tokens, (T, width), with those of the images in their slots."""
         embedded = self.model.get_input_embeddings()(tokens)
-        if images is None:
+        if not images:
             return embedded
-        projected = self.model.model.multi_modal_projector(images)
-        return embedded.index_copy(0, image_slots, projected.flatten(0, 1))
+        seen = self.parts.see(self._moved(images)) if self.tower_trains else images
+        return embedded.index_copy(0, image_slots, self.parts.project(seen))
 
     def layout(self, packed: Packed) -> dict[str, Any]:
         """What `packed_attention` has to know of packed rows."""
@@ -194,11 +206,13 @@ class Student:
 
     def token_losses(self, rows: Sequence[Row], features: Features) -> torch.Tensor:
         """Return the cross-entropy of every supervised token of `rows`, packed: shape (S,), row after row."""
-        packed = Packed.of(rows, self.model.config.image_token_index, self.device)
-        images = torch.stack([features[key] for key in packed.images]) if packed.images else None
-        embedded = self.embed(packed.tokens, packed.image_slots, images)
-        hidden = self.model.model.language_model(
-            inputs_embeds=embedded[None], position_ids=packed.positions[None], use_cache=False, **self.layout(packed)
+        packed = Packed.of(rows, self.parts.image_token, self.device)
+        embedded = self.embed(packed.tokens, packed.image_slots, [features[key] for key in packed.images])
+        hidden = self.parts.text(
+            inputs_embeds=embedded[None],
+            position_ids=packed.positions.unsqueeze(-2),
+            use_cache=False,
+            **self.layout(packed),
         ).last_hidden_state[0]
         logits = self.model.lm_head(hidden.index_select(0, packed.sources))
         return F.cross_entropy(logits.float(), packed.targets, reduction="none")
@@ -206,7 +220,7 @@ class Student:
     def tower_digest(self) -> bytes:
         """Digest of the vision tower's weights: what cached features depend on besides the images."""
         digest = hashlib.blake2b(digest_size=16)
-        for name, tensor in sorted(self.model.model.vision_tower.state_dict().items()):
+        for name, tensor in sorted(self.parts.tower.state_dict().items()):
             digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.digest()
 

@@ -17,30 +17,51 @@ from curation_env.errors import MissingAssets
 
 
 class Chat(BaseModel):
-    """The plain text that a conversation becomes; the supervised span of a turn is `answer` + `end`."""
+    """The text that a conversation becomes.
+
+    Attributes:
+        start: What stands before the first turn.
+        image: An image, before the first user text.
+        user, user_image: A user's turn, and the first one where it has an image (null: as the others).
+        assistant: What the answer follows.
+        answer, end, after: An answer, the token that ends it, and what stands behind that.
+        supervised: How far the supervised span of a turn reaches from the answer on: to the end of which part.
+        stop: Further tokens that end an answer when the student is evaluated.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    start: str = ""
     image: str = "<image>\n"
     user: str = "USER: {text} "
+    user_image: str | None = None
     assistant: str = "ASSISTANT:"
     answer: str = " {text}"
     end: str = "</s>"
+    after: str = ""
+    supervised: Literal["answer", "end", "after"] = "end"
+    stop: tuple[str, ...] = ()
 
-    def render(self, turns: Sequence[tuple[str, str | None]], *, images: int) -> tuple[str, list[tuple[int, int]]]:
+    def render(
+        self, turns: Sequence[tuple[str, str | None]], *, images: Sequence[str] = ()
+    ) -> tuple[str, list[tuple[int, int]]]:
         """Return the text of a conversation and the character spans of its supervised parts.
 
         Args:
             turns: (user, assistant) texts; an assistant text of None ends the prompt where the model goes on.
-            images: How many image placeholders stand before the first user text.
+            images: The texts of the images, which stand before the first user text.
         """
-        text, spans = "", []
+        text, spans = self.start, []
         for k, (user, answer) in enumerate(turns):
-            text += self.user.replace("{text}", (self.image * images if k == 0 else "") + user) + self.assistant
+            shown = "".join(images) if k == 0 else ""
+            template = self.user_image if shown and self.user_image is not None else self.user
+            text += template.replace("{text}", shown + user) + self.assistant
             if answer is not None:
-                start = len(text)
-                text += self.answer.replace("{text}", answer) + self.end
-                spans.append((start, len(text)))
+                parts = {"answer": self.answer.replace("{text}", answer), "end": self.end, "after": self.after}
+                names = list(parts)
+                reach = "".join(parts[name] for name in names[: names.index(self.supervised) + 1])
+                spans.append((len(text), len(text) + len(reach)))
+                text += "".join(parts.values())
         return text, spans
 
 

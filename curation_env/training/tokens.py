@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from curation_env.training.families import Images, images_of
 from curation_env.training.recipe import Recipe
+from curation_env.training.spans import expanded, image_texts, layout_of, supervised_tokens
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -20,7 +21,7 @@ class TokenCounter:
     """Counts what `training.data.Encoder` would supervise; a test holds the two together.
 
     Args:
-        student: Folder of the init, with `tokenizer.json` and `config.json`.
+        student: Folder of the init, with `tokenizer.json`, `config.json` and the image processor's settings.
         recipe: How a conversation becomes text, and where it is cut.
     """
 
@@ -28,19 +29,30 @@ class TokenCounter:
         self._student = student
         self._recipe = recipe
 
-    def __call__(self, conversation: Sequence[dict[str, str]], image: bool) -> int:
-        """Supervised tokens of a row that holds `conversation`, and an image or none."""
+    def __call__(self, conversation: Sequence[dict[str, str]], image: bytes | bool | None) -> int:
+        """Supervised tokens of a row that holds `conversation`, and an image or none.
+
+        Args:
+            image: Encoded bytes; whether there is one says enough where all images take the same tokens.
+
+        Raises:
+            ValueError: Bytes are needed, and there are none.
+        """
         turns = [(turn["user"], turn["assistant"]) for turn in conversation]
-        shown = image or self._recipe.text_only_image == "black"
-        text, spans = self._recipe.chat.render(turns, images=int(shown))
+        layouts = []
+        if image or self._recipe.text_only_image == "black":
+            if image is True and self._images.fixed is None:
+                raise ValueError("this student's images take tokens by their size: give the image's bytes")
+            layouts = [layout_of(self._images, self._recipe, image if isinstance(image, bytes) else None)]
+        text, spans = self._recipe.chat.render(turns, images=image_texts(self._images, self._recipe, layouts))
         found = self._tokenizer.encode(text)
         tokens, offsets = np.asarray(found.ids), np.asarray(found.offsets).reshape(-1, 2)
-        supervised = np.zeros(len(tokens), bool)
-        for start, end in spans:
-            supervised |= (offsets[:, 0] >= start) & (offsets[:, 1] <= end) & (offsets[:, 1] > offsets[:, 0])
-        image_token, tokens_per_image = self._image
-        expanded = np.repeat(supervised, np.where(tokens == image_token, tokens_per_image, 1))
-        return int(expanded[1 : self._recipe.max_length].sum())  # the first token has none before it
+        _, supervised = expanded(tokens, supervised_tokens(offsets, spans), self._images.token, layouts)
+        return int(supervised[1 : self._recipe.max_length].sum())  # the first token has none before it
+
+    @cached_property
+    def _images(self) -> Images:
+        return images_of(self._student)
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
@@ -50,11 +62,3 @@ class TokenCounter:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return tokenizer
-
-    @cached_property
-    def _image(self) -> tuple[int, int]:
-        """Id of the image token, and how many of them an image takes."""
-        config: dict[str, Any] = json.loads((self._student / "config.json").read_text())
-        vision = config["vision_config"]
-        patches = (vision["image_size"] // vision["patch_size"]) ** 2
-        return config["image_token_index"], patches + (config["vision_feature_select_strategy"] == "full")

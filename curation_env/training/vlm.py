@@ -22,7 +22,7 @@ from curation_env.errors import NonFiniteLoss
 from curation_env.pool import Pool
 from curation_env.training import engine as engines
 from curation_env.training.data import Encoder, read_rows
-from curation_env.training.images import CACHE_BYTES, StreamedFeatures, size_of_all
+from curation_env.training.images import CACHE_BYTES, StreamedFeatures, bytes_kept, image_tokens
 from curation_env.training.model import Features, Student, resolve_device
 from curation_env.training.recipe import Recipe
 
@@ -89,7 +89,10 @@ def train(
     images = {row.image: row.image_bytes for row in rows if row.image is not None}
     steps = list(windows(len(rows), recipe, seed))
     features: Features
-    if size_of_all(student, encoder, len(images)) <= CACHE_BYTES:
+    shown_tokens = image_tokens(
+        ((() if row.image is None else (row.image,), row.tokens) for row in rows), encoder.image_token
+    )
+    if bytes_kept(student, shown_tokens) <= CACHE_BYTES:
         features = student.image_features(
             encoder, images, lambda done, n: report(_event("images", done, n, "images", mark))
         )

@@ -16,6 +16,7 @@ import argparse
 import io
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from random_llava import IMAGE_TOKEN, llava, matrix_rate
 
 from curation_env.training.data import Encoder, Row, image_key
 from curation_env.training.engine import SingleProcess
+from curation_env.training.families.llava import LlavaImages
 from curation_env.training.images import StreamedFeatures
 from curation_env.training.model import Student
 from curation_env.training.recipe import Recipe
@@ -64,7 +66,11 @@ def ours(model: Any, recipe: Recipe, rows: list[Row], device: torch.device, warm
 
     student = Student.of(model, recipe, device, "packed")
     processor = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
-    encoder = Encoder(None, processor, IMAGE_TOKEN, 576, recipe)
+    with tempfile.TemporaryDirectory() as folder:
+        processor.save_pretrained(folder)
+        images_of_rows = LlavaImages(IMAGE_TOKEN, 576, Path(folder))
+        assert images_of_rows.processor is not None  # read before the folder goes
+    encoder = Encoder(None, images_of_rows, recipe)
     steps = list(windows(len(rows), recipe, 42))
     images = {row.image: row.image_bytes for row in rows if row.image is not None}
     shown = [[key for k in window if (key := rows[k].image) is not None] for window in steps]

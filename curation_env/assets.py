@@ -7,12 +7,12 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from curation_env.errors import MissingAssets, TaskMismatch
 from curation_env.locks import locked
+from curation_env.students import RECORD, card_of, describe, student_dir
 
 if TYPE_CHECKING:
     from curation_env.task import Task
@@ -29,12 +29,14 @@ class Assets:
         suite: TSV files and the split (host only).
         view: `rows/`, the agent's view of the pool, and `audit/`, the index that blocked the rest (host only).
         student: The init, in the format of `from_pretrained`.
+        student_mark: The file that says that the init is there, and of a public student, that it was checked.
     """
 
     pool: Path
     suite: Path
     view: Path
     student: Path
+    student_mark: str = "config.json"
 
     @property
     def index(self) -> Path:
@@ -46,7 +48,7 @@ class Assets:
             "pool": self.pool / "meta.json",
             "suite": self.suite / "split.json",
             "view": self.view / "meta.json",
-            "student": self.student / "config.json",
+            "student": self.student / self.student_mark,
         }
         return {name: (getattr(self, name), mark.is_file()) for name, mark in marks.items()}
 
@@ -57,30 +59,24 @@ def data_root(path: str | Path | None = None) -> Path:
     return Path(chosen).expanduser().absolute()
 
 
-def student_dir(student: str) -> Path:
-    """Folder of a student's init.
-
-    Raises:
-        MissingAssets: No such student.
-    """
-    if student == "mini-llava":
-        return Path(str(resources.files("curation_env.mini"))) / "assets" / "init"
-    raise MissingAssets(f"no student {student!r}: the students are mini-llava")
-
-
 def locate(task: Task, root: Path) -> Assets:
     """Where the assets of a task lie under a data root, whether or not they are there."""
     from curation_env.mini.pool import pool_key
     from curation_env.mini.suite import suite_key
     from curation_env.mini.world import SCALES
+    from curation_env.task import MiniPool
 
     if isinstance(task.pool.world, str):
         raise MissingAssets(f"task {task.name!r} draws a world at every reset: choose one, for example world 1000000")
-    scale = SCALES[task.pool.scale]
-    pool, suite = pool_key(task.pool.world, scale), suite_key(scale)
+    if isinstance(task.pool, MiniPool):
+        scale = SCALES[task.pool.scale]
+        pool, suite = pool_key(task.pool.world, scale), suite_key(scale)
+    else:
+        pool, suite = task.pool.kind, task.suite
     # The view depends on the rules that blocked its rows, so they are part of its name.
     view = f"{pool}--{suite}--{_short_hash(task.audit_config)}"
-    return Assets(root / "pools" / pool, root / "suites" / suite, root / "views" / view, student_dir(task.student))
+    student, mark = student_dir(task.student, root), RECORD if card_of(task.student) else "config.json"
+    return Assets(root / "pools" / pool, root / "suites" / suite, root / "views" / view, student, mark)
 
 
 def prepared(task: Task, root: Path, on_progress: Progress | None = None) -> Assets:
@@ -96,7 +92,7 @@ def prepared(task: Task, root: Path, on_progress: Progress | None = None) -> Ass
     assets = locate(task, root)
     there = all(there for _, there in assets.state().values())
     if not (there and suite_whole(task, assets) and pool_fits(task, assets) and view_fits(task, assets)):
-        if task.family != "mini":
+        if task.pool.kind != "mini" or not assets.state()["student"][1]:
             raise MissingAssets(describe_missing(task, assets))
         root.mkdir(parents=True, exist_ok=True)
         with locked(root / ".prepare.lock", mode=0o666):
@@ -112,9 +108,11 @@ def suite_whole(task: Task, assets: Assets) -> bool:
 
 
 def pool_fits(task: Task, assets: Assets) -> bool:
-    """Whether the pool is whole and of the world as today's generator draws it."""
+    """Whether the pool is whole and, if it is generated, of the world as today's generator draws it."""
     from curation_env.mini.world import GENERATOR, WorldSpec
 
+    if task.pool.kind != "mini":
+        return True
     assert isinstance(task.pool.world, int)
     meta = _read_json(assets.pool / "meta.json")
     drawn = (GENERATOR, WorldSpec.draw(task.pool.world).hash)
@@ -146,7 +144,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def describe_missing(task: Task, assets: Assets) -> str:
     """One text with every missing path and the command that prepares them."""
-    lines = [f"  {name}: {path}" for name, (path, there) in assets.state().items() if not there]
+    lines = [
+        f"  {name}: {describe(task.student, path, task.name) if name == 'student' else path}"
+        for name, (path, there) in assets.state().items()
+        if not there
+    ]
     return "\n".join([f"task {task.name!r} lacks:", *lines, f"prepare with: curation-env prepare {task.name}"])
 
 
@@ -162,8 +164,9 @@ def _make_miniature(task: Task, assets: Assets, on_progress: Progress) -> None:
     def report(what: str, done: int) -> None:
         on_progress({"stage": f"prepare {what}", "done": done, "total": 3, "unit": "steps"})
 
-    scale = SCALES[task.pool.scale]
+    assert task.pool.kind == "mini"
     assert isinstance(task.pool.world, int)
+    scale = SCALES[task.pool.scale]
     _clear_partial(assets)
     report("suite", 0)
     if not suite_whole(task, assets):
@@ -201,12 +204,13 @@ def _check_pins(task: Task, assets: Assets) -> None:
     from curation_env.mini.fingerprint import check_fingerprint
     from curation_env.mini.world import generator_hash
 
-    if task.pool.generator is not None:
+    pinned_pool = task.pool.hash if task.pool.kind == "mini" else None
+    if task.pool.kind == "mini" and task.pool.generator is not None:
         try:
             check_fingerprint("the world generator", generator_hash(), task.pool.generator, task.pinned_with, {})
         except TaskMismatch as error:
             raise TaskMismatch(f"{error}\nUse the release that task {task.name!r} belongs to") from None
-    for what, path, pinned in (("pool", assets.pool, task.pool.hash), ("suite", assets.suite, task.suite_hash)):
+    for what, path, pinned in (("pool", assets.pool, pinned_pool), ("suite", assets.suite, task.suite_hash)):
         if pinned is None:
             continue
         meta = json.loads((path / "meta.json").read_text())

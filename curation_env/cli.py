@@ -45,10 +45,8 @@ def tasks(as_json: Json = False) -> None:
         return
     table = Table("task", "id", "pool", "student", "suite", "iterations", "rows")
     for task in loaded:
-        world = f"{task.pool.kind}, world {task.pool.world}, {task.pool.scale}"
-        table.add_row(
-            task.name, task.id or "(tests only)", world, task.student, task.suite, str(task.iterations), str(task.rows)
-        )
+        numbers = (str(task.iterations), str(task.rows))
+        table.add_row(task.name, task.id or "(tests only)", task.pool.label, task.student, task.suite, *numbers)
     _console().print(table)
 
 
@@ -73,14 +71,29 @@ def doctor(task: str, data_root: DataRoot = None, world: World = None, as_json: 
 
 
 @app.command()
-def prepare(task: str, data_root: DataRoot = None, world: World = None) -> None:
-    """Make or check a task's pool, suite, audit index and the agent's view."""
+def prepare(
+    task: str,
+    student: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the public files of the task's student: check them and take them up, then stop"),
+    ] = None,
+    data_root: DataRoot = None,
+    world: World = None,
+) -> None:
+    """Make or check a task's pool, suite, audit index and the agent's view; or its student."""
     from curation_env.assets import data_root as root_of
     from curation_env.assets import prepared
     from curation_env.pool import Pool
     from curation_env.progress import Progress
 
     chosen = _in_world(task, world)
+    if student is not None:
+        from curation_env.students import prepare_student
+
+        with Progress() as progress:
+            folder = prepare_student(chosen.student, root_of(data_root), student, progress)
+        print(f"student {chosen.student}: {folder}")
+        return
     with Progress() as progress:
         assets = prepared(chosen, root_of(data_root), progress)
     pool, view = Pool.open(assets.pool), Pool.open(assets.view)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from curation_env.assets import data_root, locate
+from curation_env.students import describe
 from curation_env.task import Task
 
 #: Modules that the paths of every task import; deepspeed only where training runs in several processes.
@@ -45,11 +46,14 @@ def examine(name: str, root: Path | None = None, world: int | None = None) -> li
     elif isinstance(task.pool.world, str):
         task = task.in_world(1)  # any world shows what the family needs
     assets = locate(task, folder)
-    made = "made by the first reset" if task.family == "mini" else f"prepare with: curation-env prepare {name}"
+    generated = task.pool.kind == "mini"
+    made = "made by the first reset" if generated else f"prepare with: curation-env prepare {name}"
     findings = [
-        Finding(what, there, str(path) if there else f"{path}: {made}", required=task.family != "mini")
+        Finding(what, there, str(path) if there else f"{path}: {made}", required=not generated)
         for what, (path, there) in assets.state().items()
     ]
+    if not findings[-1].ok:
+        findings[-1] = Finding("student", False, describe(task.student, assets.student, name))
     for library in LIBRARIES:
         there = importlib.util.find_spec(library) is not None
         findings.append(Finding(f"library {library}", there, "installed" if there else "pip install -e ."))

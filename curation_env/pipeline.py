@@ -23,8 +23,9 @@ from curation_env.cache import Cache
 from curation_env.errors import CurationError, RejectedSubmission, StageFailed
 from curation_env.pool import Pool, canonical_json
 from curation_env.scratch import Scratch
+from curation_env.students import card_of, identity, student_hash
 from curation_env.submission import Submission, Validated, validate
-from curation_env.task import Task, student_hash
+from curation_env.task import Task
 
 if TYPE_CHECKING:
     from curation_env.audit.gate import Certificate
@@ -286,6 +287,7 @@ class Pipeline:
             "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
             "device": self.device_class,
             "pool": self.pool.hash,
+            **({"student": identity(self.assets.student)} if card_of(self.task.student) else {}),
         }
 
     @functools.cached_property

@@ -20,6 +20,14 @@ ENTRIES = (
     Entry("CurationBench-Mini-v0", "mini", "curation_env.envs.mini:MiniEnv"),
     Entry("CurationBench-MiniWorlds-v0", "mini-worlds", "curation_env.envs.mini:MiniWorldsEnv"),
     Entry("CurationBench-MiniMixture-v0", "mini-mixture", "curation_env.envs.mini:MiniWorldsEnv", numeric=True),
+    Entry("CurationBench-LLaVA-v0", "llava", "curation_env.envs.llava:LlavaEnv"),
+    Entry("CurationBench-LLaVARewrite-v0", "llava-rewrite", "curation_env.envs.llava:LlavaEnv"),
+    Entry("CurationBench-Qwen2.5VL3B-v0", "qwen2.5vl-3b", "curation_env.envs.llava:LlavaEnv"),
+    Entry("CurationBench-Qwen2VL2B-v0", "qwen2vl-2b", "curation_env.envs.llava:LlavaEnv"),
+    Entry("CurationBench-SmolVLM-v0", "smolvlm", "curation_env.envs.llava:LlavaEnv"),
+    Entry("CurationBench-SmolVLM500M-v0", "smolvlm-500m", "curation_env.envs.llava:LlavaEnv"),
+    Entry("CurationBench-VisionFlan-v0", "visionflan", "curation_env.envs.llava:LlavaEnv"),
+    Entry("CurationBench-VisionFlanSmolVLM-v0", "visionflan-smolvlm", "curation_env.envs.llava:LlavaEnv"),
 )
 
 

@@ -71,9 +71,11 @@ def test_import_is_cheap_and_loads_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.task)
+@pytest.mark.parametrize(
+    "entry", [entry for entry in ENTRIES if Task.load(entry.task).family == "mini"], ids=lambda entry: entry.task
+)
 def test_check_env(entry, tmp_path):
-    """Gymnasium's own checker, warnings as errors, on every registered id."""
+    """Gymnasium's own checker, warnings as errors, on every registered id whose assets make themselves."""
     env = gym.make(entry.id, run_dir=tmp_path, sandbox="bubblewrap", render_mode="ansi")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -104,8 +104,8 @@ def assemble_llava(card: Card, source: Path, out: Path, on_progress: Progress | 
     verify(parts, out, source / READY if (source / READY).is_dir() else out)
     report(3)
     made_of = {}
-    for path, name in card.parts.items():
-        files = [source / path] if (source / path).is_file() else sorted((source / path).iterdir())
+    for part, name in card.parts.items():
+        files = [source / part] if (source / part).is_file() else sorted((source / part).iterdir())
         weights = [f for f in files if f.suffix in (".bin", ".safetensors")]
         made_of[name] = {f.name: file_hash(f) for f in weights}
     report(4)
@@ -170,20 +170,20 @@ def _write(parts: Parts, out: Path) -> None:
         text_config=text,
         vision_config=parts.vision.config,
         image_token_index=known,
-        pad_token_id=known + 1,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         projector_hidden_act="gelu",
         dtype=parts.dtype,
     )
+    config.update({"pad_token_id": known + 1})
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config)
+        model: Any = LlavaForConditionalGeneration(config)
     model.model.language_model.load_state_dict(parts.language.model.state_dict(), assign=True)
     model.lm_head.load_state_dict(parts.language.lm_head.state_dict(), assign=True)
     model.model.vision_tower.load_state_dict(parts.vision.state_dict(), assign=True)
     model.model.multi_modal_projector.load_state_dict(parts.projector, assign=True)
     rows = -(-len(tokenizer) // ROWS) * ROWS - known
-    embeddings = parts.language.get_input_embeddings().weight.detach()
+    embeddings = parts.language.model.embed_tokens.weight.detach()
     for layer, seed in ((model.model.language_model.embed_tokens, 0), (model.lm_head, 1)):
         extended = torch.cat([layer.weight.detach(), added_rows(embeddings, rows, seed)])
         layer.weight = torch.nn.Parameter(extended)

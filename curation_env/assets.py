@@ -92,7 +92,7 @@ def prepared(task: Task, root: Path, on_progress: Progress | None = None) -> Ass
     assets = locate(task, root)
     there = all(there for _, there in assets.state().values())
     if not (there and suite_whole(task, assets) and pool_fits(task, assets) and view_fits(task, assets)):
-        if task.pool.kind != "mini" or not assets.state()["student"][1]:
+        if not task.family == task.pool.kind == "mini" or not assets.state()["student"][1]:
             raise MissingAssets(describe_missing(task, assets))
         root.mkdir(parents=True, exist_ok=True)
         with locked(root / ".prepare.lock", mode=0o666):

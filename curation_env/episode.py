@@ -458,6 +458,7 @@ class Episode:
             "episode_started",
             task=self.task.model_dump(mode="json"),
             task_hash=self.task.hash,
+            init=self.pipeline.init,
             seed=self.state.seed,
             final_choice=self.final_choice,
             sandbox=self._place.kind,

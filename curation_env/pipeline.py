@@ -280,6 +280,15 @@ class Pipeline:
         return f"{place['type']}-{digest.hexdigest()}"
 
     @functools.cached_property
+    def init(self) -> str | None:
+        """sha256 over the files of a public student; None where the task's hash covers the files themselves.
+
+        Raises:
+            TaskMismatch: They are not those that were prepared.
+        """
+        return identity(self.assets.student) if card_of(self.task.student) else None
+
+    @functools.cached_property
     def _engine(self) -> dict[str, Any]:
         """What moves scores and signals beside the task: code, libraries, processor, the files themselves."""
         return {
@@ -287,7 +296,7 @@ class Pipeline:
             "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
             "device": self.device_class,
             "pool": self.pool.hash,
-            **({"student": identity(self.assets.student)} if card_of(self.task.student) else {}),
+            **({"student": self.init} if self.init else {}),
         }
 
     @functools.cached_property

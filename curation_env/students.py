@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from curation_env.errors import MissingAssets, TaskMismatch
+from curation_env.errors import InvalidSetting, MissingAssets, TaskMismatch
 from curation_env.locks import locked
 
 Progress = Callable[[dict[str, Any]], None]
@@ -134,12 +134,13 @@ def prepare_student(student: str, root: Path, source: Path, on_progress: Progres
         source: The folder of the published checkpoint, or that of the parts to assemble it of.
 
     Raises:
+        InvalidSetting: The student is no public one.
         MissingAssets: The source lacks files; the message says what it must hold.
         TaskMismatch: The source is another student, or one that has been instruction-tuned.
     """
     card = card_of(student)
     if card is None:
-        raise MissingAssets(f"student {student!r} is prepared by nobody: it is used where it lies")
+        raise InvalidSetting(f"student {student!r} is used where it lies: there is nothing to prepare")
     folder = student_dir(student, root)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(root / ".prepare.lock", mode=0o666):

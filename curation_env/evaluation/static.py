@@ -24,34 +24,42 @@ class Cache:
     """Keys and values of a batch, each row's from position 0 on; what transformers' layers call a cache.
 
     Attributes:
-        keys, values: Shape (layers, rows, heads, longest, width).
+        keys, values: Shape (layers, rows, longest, heads, width): a token's heads lie together.
         lengths: int64 of shape (rows,): tokens of each row.
     """
 
     def __init__(self, student: Student, rows: int, longest: int) -> None:
         text, device = student.model.config.text_config, student.device
-        shape = (text.num_hidden_layers, rows, text.num_key_value_heads, longest, text.head_dim)
+        shape = (text.num_hidden_layers, rows, longest, text.num_key_value_heads, text.head_dim)
         self.keys, self.values = (torch.zeros(shape, dtype=student.model.dtype, device=device) for _ in range(2))
-        self.rows = torch.arange(rows, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
-        self._filling: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._slots: torch.Tensor | None = None
 
-    def fill(self, rows: torch.Tensor | None, positions: torch.Tensor | None = None) -> None:
-        """Take the next pass for packed tokens of `rows` at `positions`; None: for one token of each row."""
-        self._filling = None if rows is None or positions is None else (rows, positions)
+    @property
+    def longest(self) -> int:
+        return self.keys.shape[2]
+
+    def slots(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Where tokens lie when rows are laid end to end."""
+        return rows * self.longest + positions
+
+    def fill(self, slots: torch.Tensor | None) -> None:
+        """Take the next pass for packed tokens with these slots; None: for one token of each row, behind its last."""
+        self._slots = slots
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store a layer's new keys and values and return those to attend to."""
-        if self._filling is not None:
-            rows, positions = self._filling
-            self.keys[layer][rows, :, positions] = keys[0].transpose(0, 1)
-            self.values[layer][rows, :, positions] = values[0].transpose(0, 1)
+        """Store a layer's new keys and values, (rows, heads, tokens, width), and return those to attend to."""
+        cached = (self.keys[layer], self.values[layer])
+        if self._slots is not None:
+            for whole, new in zip(cached, (keys, values), strict=True):
+                whole.flatten(0, 1).index_copy_(0, self._slots, new[0].transpose(0, 1))
             return keys, values
-        self.keys[layer][self.rows, :, self.lengths] = keys[:, :, 0]
-        self.values[layer][self.rows, :, self.lengths] = values[:, :, 0]
-        return self.keys[layer], self.values[layer]
+        rows = torch.arange(len(self.lengths), device=self.lengths.device)
+        for whole, new in zip(cached, (keys, values), strict=True):
+            whole.flatten(0, 1).index_copy_(0, self.slots(rows, self.lengths), new[:, :, 0])
+        return cached[0].transpose(1, 2), cached[1].transpose(1, 2)
 
     def get_seq_length(self, layer: int = 0) -> int:
         return 0
@@ -59,7 +67,7 @@ class Cache:
     def select(self, rows: torch.Tensor) -> None:
         """Keep these rows alone."""
         self.keys, self.values = self.keys.index_select(1, rows), self.values.index_select(1, rows)
-        self.lengths, self.rows = self.lengths[rows], self.rows[: len(rows)]
+        self.lengths = self.lengths[rows]
 
 
 class Steps:
@@ -91,8 +99,7 @@ class Steps:
 
     def _next(self) -> torch.Tensor:
         model, cache = self.student.model, self.cache
-        longest = cache.keys.shape[3]
-        present = torch.arange(longest, device=self.tokens.device) <= cache.lengths[:, None]
+        present = torch.arange(cache.longest, device=self.tokens.device) <= cache.lengths[:, None]
         hidden = model.model.language_model(
             inputs_embeds=model.get_input_embeddings()(self.tokens[:, None]),
             position_ids=cache.lengths[:, None],
@@ -146,11 +153,8 @@ def _prefill(student: Student, cache: Cache, prompts: Sequence[Prompt], features
         packed = Packed.of(rows, student.model.config.image_token_index, student.device)
         keys = [key for p in chunk for key in p.images]
         images = torch.stack([features[key] for key in keys]) if keys else None
-        of_row = torch.repeat_interleave(
-            torch.arange(start, stop, device=student.device),
-            torch.tensor([len(p.tokens) for p in chunk]).to(student.device),
-        )
-        cache.fill(of_row, packed.positions)
+        of_row = torch.arange(start, stop).repeat_interleave(torch.tensor([len(p.tokens) for p in chunk]))
+        cache.fill(cache.slots(of_row.to(student.device), packed.positions))
         hidden = student.model.model.language_model(
             inputs_embeds=student.embed(packed.tokens, packed.image_slots, images)[None],
             position_ids=packed.positions[None],

@@ -128,24 +128,32 @@ class Student:
 
         AttentionInterface.register("packed", packed_attention)
         model.to(device)
-        if cls(model, device).any_length:
+        student = cls(model, device)
+        if attention == "sdpa" and student.any_length:
             attention = "packed"  # which decodes there, too
+            student.compile(cached=True)
         model.set_attn_implementation({"text_config": attention})
         model.eval()  # the students have no dropout: eval and train modes are the same function
         for name, parameter in model.named_parameters():
             if any(name.startswith(prefix) for prefix in recipe.freeze):
                 parameter.requires_grad_(False)
-        return cls(model, device)
+        return student
 
     @property
     def any_length(self) -> bool:
         """Whether one kernel attends within rows of any length: in half precision on a GPU."""
         return self.device.type == "cuda" and self.model.dtype in (torch.bfloat16, torch.float16)
 
-    def compile(self) -> None:
-        """Compile the language model's layers, one after the other: kernels are fused, for packs of any length."""
+    def compile(self, *, cached: bool = False) -> None:
+        """Compile the language model's layers, one after the other: kernels are fused, for packs of any length.
+
+        Args:
+            cached: For passes that fill a cache, which the compiler can't follow: all but the attention is compiled.
+        """
         for layer in self.model.model.language_model.layers:
-            layer.forward = torch.compile(layer.forward, dynamic=True)
+            parts = [layer.input_layernorm, layer.post_attention_layernorm, layer.mlp] if cached else [layer]
+            for part in parts:
+                part.forward = torch.compile(part.forward, dynamic=True)
 
     def image_features(
         self,

@@ -8,7 +8,6 @@ moves into a batch of its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,11 +20,12 @@ TOKENS_PER_PREFILL = 16_384
 
 
 class Cache:
-    """Keys and values of a batch, each row's from position 0 on; what transformers' layers call a cache.
+    """Keys and values of a batch, each row's from position 0 on.
 
     Attributes:
         keys, values: Shape (layers, rows, longest, heads, width): a token's heads lie together.
         lengths: int64 of shape (rows,): tokens of each row.
+        slots: int64: where the next pass stores its tokens when a layer's rows are laid end to end.
     """
 
     def __init__(self, student: Student, rows: int, longest: int) -> None:
@@ -33,36 +33,19 @@ class Cache:
         shape = (text.num_hidden_layers, rows, longest, text.num_key_value_heads, text.head_dim)
         self.keys, self.values = (torch.zeros(shape, dtype=student.model.dtype, device=device) for _ in range(2))
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
-        self._slots: torch.Tensor | None = None
+        self.slots = self.lengths
 
     @property
     def longest(self) -> int:
         return self.keys.shape[2]
 
-    def slots(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Where tokens lie when rows are laid end to end."""
-        return rows * self.longest + positions
+    def store_at(self, rows: torch.Tensor, positions: torch.Tensor) -> None:
+        """Store the tokens of the next pass at these places."""
+        self.slots = rows * self.longest + positions
 
-    def fill(self, slots: torch.Tensor | None) -> None:
-        """Take the next pass for packed tokens with these slots; None: for one token of each row, behind its last."""
-        self._slots = slots
-
-    def update(
-        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store a layer's new keys and values, (rows, heads, tokens, width), and return those to attend to."""
-        cached = (self.keys[layer], self.values[layer])
-        if self._slots is not None:
-            for whole, new in zip(cached, (keys, values), strict=True):
-                whole.flatten(0, 1).index_copy_(0, self._slots, new[0].transpose(0, 1))
-            return keys, values
-        rows = torch.arange(len(self.lengths), device=self.lengths.device)
-        for whole, new in zip(cached, (keys, values), strict=True):
-            whole.flatten(0, 1).index_copy_(0, self.slots(rows, self.lengths), new[:, :, 0])
-        return cached[0].transpose(1, 2), cached[1].transpose(1, 2)
-
-    def get_seq_length(self, layer: int = 0) -> int:
-        return 0
+    def of(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What `packed_attention` has to know of a layer's cache."""
+        return self.keys[layer], self.values[layer], self.slots
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep these rows alone."""
@@ -99,12 +82,14 @@ class Steps:
 
     def _next(self) -> torch.Tensor:
         model, cache = self.student.model, self.cache
-        present = torch.arange(cache.longest, device=self.tokens.device) <= cache.lengths[:, None]
+        device = self.tokens.device
+        present = torch.arange(cache.longest, device=device) <= cache.lengths[:, None]
+        cache.store_at(torch.arange(len(self.tokens), device=device), cache.lengths)
         hidden = model.model.language_model(
             inputs_embeds=model.get_input_embeddings()(self.tokens[:, None]),
             position_ids=cache.lengths[:, None],
-            past_key_values=cache,
-            use_cache=True,
+            use_cache=False,
+            cache=cache,
             present=present[:, None, None],
         ).last_hidden_state
         return model.lm_head(hidden[:, -1]).argmax(-1)
@@ -154,16 +139,15 @@ def _prefill(student: Student, cache: Cache, prompts: Sequence[Prompt], features
         keys = [key for p in chunk for key in p.images]
         images = torch.stack([features[key] for key in keys]) if keys else None
         of_row = torch.arange(start, stop).repeat_interleave(torch.tensor([len(p.tokens) for p in chunk]))
-        cache.fill(cache.slots(of_row.to(student.device), packed.positions))
+        cache.store_at(of_row.to(student.device), packed.positions)
         hidden = student.model.model.language_model(
             inputs_embeds=student.embed(packed.tokens, packed.image_slots, images)[None],
             position_ids=packed.positions[None],
-            past_key_values=cache,
-            use_cache=True,
+            use_cache=False,
+            cache=cache,
             **student.layout(packed),
         ).last_hidden_state[0]
         firsts.append(student.model.lm_head(hidden.index_select(0, packed.ends[1:].long() - 1)).argmax(-1))
         start = stop
-    cache.fill(None)
     cache.lengths.copy_(torch.tensor([len(p.tokens) for p in prompts]))
     return torch.cat(firsts)

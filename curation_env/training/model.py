@@ -44,6 +44,7 @@ def packed_attention(
     layout: Sequence[Rectangle] | None = None,
     ends: torch.Tensor | None = None,
     longest: int = 0,
+    stored: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     present: torch.Tensor | None = None,
     scaling: float | None = None,
     **_: Any,
@@ -54,9 +55,16 @@ def packed_attention(
     what no row exceeds. Elsewhere rows are padded, to the longest of their run in `layout`, and only here: padding lies
     to the right of every row, so a causal mask alone keeps it out, and no other layer computes on it.
 
-    Where one token a row is decoded, (rows, heads, 1, width) in, `present` says which cached ones each sees: bool of
-    shape (rows, 1, 1, cached).
+    Keys and values are kept in `stored`: those of a cache, (rows, cached, heads, width), and the slots of these tokens
+    in it. Where one token a row is decoded, (rows, heads, 1, width) in, `present` says which cached ones each row sees:
+    bool of shape (rows, 1, 1, cached).
     """
+    if stored is not None:
+        *cached, slots = stored
+        for whole, new in zip(cached, (key, value), strict=True):
+            whole.flatten(0, 1).index_copy_(0, slots, new.transpose(1, 2).flatten(0, 1))
+        if present is not None:
+            key, value = (whole.transpose(1, 2) for whole in cached)
     if present is not None:
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=present, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
@@ -81,6 +89,21 @@ def packed_attention(
         flat = out.transpose(1, 2).flatten(0, 1)
         mixed.append(flat if len(flat) == rectangle.n else flat.index_select(0, rectangle.slots))
     return torch.cat(mixed)[None], None
+
+
+def _with_its_cache(layer: int, forward: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
+    """A layer's forward pass that finds its own part of the cache, where there is one.
+
+    Compiled, kernels are fused, for packs of any length. What differs between layers is an argument: compiled code that
+    saw a layer's number would be made again for each.
+    """
+    if compiled:
+        forward = torch.compile(forward, dynamic=True)
+
+    def call(*args: Any, cache: Any = None, **options: Any) -> Any:
+        return forward(*args, **options, **({} if cache is None else {"stored": cache.of(layer)}))
+
+    return call
 
 
 def _padded(flat: torch.Tensor, rectangle: Rectangle) -> torch.Tensor:
@@ -129,10 +152,11 @@ class Student:
         AttentionInterface.register("packed", packed_attention)
         model.to(device)
         student = cls(model, device)
-        if attention == "sdpa" and student.any_length:
+        if student.any_length:
             attention = "packed"  # which decodes there, too
-            student.compile(cached=True)
         model.set_attn_implementation({"text_config": attention})
+        for k, layer in enumerate(model.model.language_model.layers):
+            layer.forward = _with_its_cache(k, layer.forward, student.any_length)
         model.eval()  # the students have no dropout: eval and train modes are the same function
         for name, parameter in model.named_parameters():
             if any(name.startswith(prefix) for prefix in recipe.freeze):
@@ -143,17 +167,6 @@ class Student:
     def any_length(self) -> bool:
         """Whether one kernel attends within rows of any length: in half precision on a GPU."""
         return self.device.type == "cuda" and self.model.dtype in (torch.bfloat16, torch.float16)
-
-    def compile(self, *, cached: bool = False) -> None:
-        """Compile the language model's layers, one after the other: kernels are fused, for packs of any length.
-
-        Args:
-            cached: For passes that fill a cache, which the compiler can't follow: all but the attention is compiled.
-        """
-        for layer in self.model.model.language_model.layers:
-            parts = [layer.input_layernorm, layer.post_attention_layernorm, layer.mlp] if cached else [layer]
-            for part in parts:
-                part.forward = torch.compile(part.forward, dynamic=True)
 
     def image_features(
         self,

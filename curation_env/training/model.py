@@ -60,11 +60,9 @@ def packed_attention(
     bool of shape (rows, 1, 1, cached).
     """
     if stored is not None:
-        *cached, slots = stored
-        for whole, new in zip(cached, (key, value), strict=True):
-            whole.flatten(0, 1).index_copy_(0, slots, new.transpose(1, 2).flatten(0, 1))
+        kept_keys, kept_values = _store(*stored, key, value)
         if present is not None:
-            key, value = (whole.transpose(1, 2) for whole in cached)
+            key, value = kept_keys, kept_values
     if present is not None:
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=present, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
@@ -89,6 +87,16 @@ def packed_attention(
         flat = out.transpose(1, 2).flatten(0, 1)
         mixed.append(flat if len(flat) == rectangle.n else flat.index_select(0, rectangle.slots))
     return torch.cat(mixed)[None], None
+
+
+@torch.compiler.disable
+def _store(
+    keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write a layer's new keys and values into its cache, which the compiler would copy whole; return all of it."""
+    for whole, new in ((keys, key), (values, value)):
+        whole.flatten(0, 1).index_copy_(0, slots, new.transpose(1, 2).flatten(0, 1))
+    return keys.transpose(1, 2), values.transpose(1, 2)
 
 
 def _with_its_cache(layer: int, forward: Callable[..., Any], compiled: bool) -> Callable[..., Any]:

@@ -8,7 +8,6 @@ moves into a batch of its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,48 +20,39 @@ TOKENS_PER_PREFILL = 16_384
 
 
 class Cache:
-    """Keys and values of a batch, each row's from position 0 on; what transformers' layers call a cache.
+    """Keys and values of a batch, each row's from position 0 on.
 
     Attributes:
-        keys, values: Shape (layers, rows, heads, longest, width).
+        keys, values: Shape (layers, rows, longest, heads, width): a token's heads lie together.
         lengths: int64 of shape (rows,): tokens of each row.
         shifts: int64 of shape (rows,): how far a row's positions run ahead of its tokens, or (negative) behind.
+        slots: int64: where the next pass stores its tokens when a layer's rows are laid end to end.
     """
 
     def __init__(self, student: Student, rows: int, longest: int) -> None:
         text, device = student.model.config.text_config, student.device
-        shape = (text.num_hidden_layers, rows, text.num_key_value_heads, longest, head_width(text))
+        shape = (text.num_hidden_layers, rows, longest, text.num_key_value_heads, head_width(text))
         self.keys, self.values = (torch.zeros(shape, dtype=student.model.dtype, device=device) for _ in range(2))
-        self.rows = torch.arange(rows, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self.shifts = torch.zeros(rows, dtype=torch.int64, device=device)
-        self._filling: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.slots = self.lengths
 
-    def fill(self, rows: torch.Tensor | None, places: torch.Tensor | None = None) -> None:
-        """Take the next pass for packed tokens of `rows` at `places`; None: for one token of each row."""
-        self._filling = None if rows is None or places is None else (rows, places)
+    @property
+    def longest(self) -> int:
+        return self.keys.shape[2]
 
-    def update(
-        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store a layer's new keys and values and return those to attend to."""
-        if self._filling is not None:
-            rows, places = self._filling
-            self.keys[layer][rows, :, places] = keys[0].transpose(0, 1)
-            self.values[layer][rows, :, places] = values[0].transpose(0, 1)
-            return keys, values
-        self.keys[layer][self.rows, :, self.lengths] = keys[:, :, 0]
-        self.values[layer][self.rows, :, self.lengths] = values[:, :, 0]
-        return self.keys[layer], self.values[layer]
+    def store_at(self, rows: torch.Tensor, places: torch.Tensor) -> None:
+        """Store the tokens of the next pass at these places."""
+        self.slots = rows * self.longest + places
 
-    def get_seq_length(self, layer: int = 0) -> int:
-        return 0
+    def of(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What `packed_attention` has to know of a layer's cache."""
+        return self.keys[layer], self.values[layer], self.slots
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep these rows alone."""
         self.keys, self.values = self.keys.index_select(1, rows), self.values.index_select(1, rows)
         self.lengths, self.shifts = self.lengths[rows], self.shifts[rows]
-        self.rows = self.rows[: len(rows)]
 
 
 class Steps:
@@ -94,13 +84,14 @@ class Steps:
 
     def _next(self) -> torch.Tensor:
         model, cache = self.student.model, self.cache
-        longest = cache.keys.shape[3]
-        present = torch.arange(longest, device=self.tokens.device) <= cache.lengths[:, None]
+        device = self.tokens.device
+        present = torch.arange(cache.longest, device=device) <= cache.lengths[:, None]
+        cache.store_at(torch.arange(len(self.tokens), device=device), cache.lengths)
         hidden = self.student.parts.text(
             inputs_embeds=model.get_input_embeddings()(self.tokens[:, None]),
             position_ids=(cache.lengths + cache.shifts)[:, None],
-            past_key_values=cache,
-            use_cache=True,
+            use_cache=False,
+            cache=cache,
             present=present[:, None, None],
         ).last_hidden_state
         return model.lm_head(hidden[:, -1]).argmax(-1)
@@ -148,21 +139,17 @@ def _prefill(student: Student, cache: Cache, prompts: Sequence[Prompt], features
         rows = [Row("", p.tokens, np.zeros(len(p.tokens), bool), None, positions=p.positions) for p in chunk]
         packed = Packed.of(rows, student.parts.image_token, student.device)
         images = [features[key] for p in chunk for key in p.images]
-        of_row = torch.repeat_interleave(
-            torch.arange(start, stop, device=student.device),
-            torch.tensor([len(p.tokens) for p in chunk]).to(student.device),
-        )
-        cache.fill(of_row, packed.places)
+        of_row = torch.arange(start, stop).repeat_interleave(torch.tensor([len(p.tokens) for p in chunk]))
+        cache.store_at(of_row.to(student.device), packed.places)
         hidden = student.parts.text(
             inputs_embeds=student.embed(packed.tokens, packed.image_slots, images)[None],
             position_ids=packed.positions.unsqueeze(-2),
-            past_key_values=cache,
-            use_cache=True,
+            use_cache=False,
+            cache=cache,
             **student.layout(packed),
         ).last_hidden_state[0]
         firsts.append(student.model.lm_head(hidden.index_select(0, packed.ends[1:].long() - 1)).argmax(-1))
         start = stop
-    cache.fill(None)
     cache.lengths.copy_(torch.tensor([len(p.tokens) for p in prompts]))
     cache.shifts.copy_(torch.tensor([p.next_position - len(p.tokens) for p in prompts]))
     return torch.cat(firsts)

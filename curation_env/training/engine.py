@@ -55,8 +55,6 @@ class SingleProcess:
         groups = parameter_groups(student.model, recipe)
         self.parameters = [p for group in groups for p in group["params"]]
         self.optimizer = adamw(groups, recipe)
-        if student.any_length:
-            student.compile()
 
     def step(self, window: Sequence[int], lr: float) -> Update:
         tokens = sum(self.rows[k].n_supervised for k in window)

@@ -46,6 +46,7 @@ def packed_attention(
     layout: Sequence[Rectangle] | None = None,
     ends: torch.Tensor | None = None,
     longest: int = 0,
+    stored: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     present: torch.Tensor | None = None,
     scaling: float | None = None,
     **_: Any,
@@ -56,9 +57,14 @@ def packed_attention(
     what no row exceeds. Elsewhere rows are padded, to the longest of their run in `layout`, and only here: padding lies
     to the right of every row, so a causal mask alone keeps it out, and no other layer computes on it.
 
-    Where one token a row is decoded, (rows, heads, 1, width) in, `present` says which cached ones each sees: bool of
-    shape (rows, 1, 1, cached).
+    Keys and values are kept in `stored`: those of a cache, (rows, cached, heads, width), and the slots of these tokens
+    in it. Where one token a row is decoded, (rows, heads, 1, width) in, `present` says which cached ones each row sees:
+    bool of shape (rows, 1, 1, cached).
     """
+    if stored is not None:
+        kept_keys, kept_values = _store(*stored, key, value)
+        if present is not None:
+            key, value = kept_keys, kept_values
     if present is not None:
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=present, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
@@ -83,6 +89,31 @@ def packed_attention(
         flat = out.transpose(1, 2).flatten(0, 1)
         mixed.append(flat if len(flat) == rectangle.n else flat.index_select(0, rectangle.slots))
     return torch.cat(mixed)[None], None
+
+
+@torch.compiler.disable
+def _store(
+    keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write a layer's new keys and values into its cache, which the compiler would copy whole; return all of it."""
+    for whole, new in ((keys, key), (values, value)):
+        whole.flatten(0, 1).index_copy_(0, slots, new.transpose(1, 2).flatten(0, 1))
+    return keys.transpose(1, 2), values.transpose(1, 2)
+
+
+def _with_its_cache(layer: int, forward: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
+    """A layer's forward pass that finds its own part of the cache, where there is one.
+
+    Compiled, kernels are fused, for packs of any length. What differs between layers is an argument: compiled code that
+    saw a layer's number would be made again for each.
+    """
+    if compiled:
+        forward = torch.compile(forward, dynamic=True)
+
+    def call(*args: Any, cache: Any = None, **options: Any) -> Any:
+        return forward(*args, **options, **({} if cache is None else {"stored": cache.of(layer)}))
+
+    return call
 
 
 def _padded(flat: torch.Tensor, rectangle: Rectangle) -> torch.Tensor:
@@ -132,14 +163,17 @@ class Student:
         AttentionInterface.register("packed", packed_attention)
         model.to(device)
         trains = attention == "packed"
-        if cls(model, device).any_length:
+        student = cls(model, device)
+        if student.any_length:
             attention = "packed"  # which decodes there, too
         model.set_attn_implementation({"text_config": attention})
+        for k, layer in enumerate(student.parts.text.layers):
+            layer.forward = _with_its_cache(k, layer.forward, student.any_length)
         model.eval()  # the students have no dropout: eval and train modes are the same function
         for name, parameter in model.named_parameters():
             if not trains or any(name.startswith(prefix) for prefix in recipe.freeze):
                 parameter.requires_grad_(False)
-        return cls(model, device)
+        return student
 
     @property
     def any_length(self) -> bool:
@@ -150,11 +184,6 @@ class Student:
     def tower_trains(self) -> bool:
         """Whether what the tower says of an image changes with every step: its pixels are kept then, not features."""
         return any(parameter.requires_grad for parameter in self.parts.tower.parameters())
-
-    def compile(self) -> None:
-        """Compile the language model's layers, one after the other: kernels are fused, for packs of any length."""
-        for layer in self.parts.text.layers:
-            layer.forward = torch.compile(layer.forward, dynamic=True)
 
     def image_features(
         self,

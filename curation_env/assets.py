@@ -206,10 +206,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def describe_missing(task: Task, assets: Assets) -> str:
     """One text with every missing path and the command that prepares them."""
+    from curation_env.task import task_names
+
     state = assets.state()
     lines = [f"  {name}: {path}" for name, (path, there) in state.items() if not there]
     source = "" if task.pool.kind == "mini" or state["pool"][1] else " --source DIR"
-    return "\n".join([f"task {task.name!r} lacks:", *lines, f"prepare with: curation-env prepare {task.name}{source}"])
+    name = task.name if task.name in task_names() else "TASK.yaml"
+    return "\n".join([f"task {task.name!r} lacks:", *lines, f"prepare with: curation-env prepare {name}{source}"])
 
 
 def _make_suite(task: Task, assets: Assets, on_progress: Progress) -> None:

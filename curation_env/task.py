@@ -239,7 +239,8 @@ class Task(_Strict):
         if not isinstance(self.pool, MiniPool):
             raise InvalidSetting(f"task {self.name!r} is not of the miniature, so world={world} says nothing")
         pinned = self.pool.hash if world == self.pool.world else None  # a task file pins its own world only
-        return self.model_copy(update={"pool": self.pool.model_copy(update={"world": world, "hash": pinned})})
+        pool = {**self.pool.model_dump(), "world": world, "hash": pinned}
+        return Task.model_validate({**self.model_dump(), "pool": pool})  # a copy would keep the hash of this world
 
 
 _MOVES_SCORES = ("rows", "tokens", "seeds", "feedback", "repeats")

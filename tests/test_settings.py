@@ -70,7 +70,9 @@ def test_a_seed_draws_a_train_world_and_an_option_takes_any(monkeypatch):
 
 
 def test_a_world_of_a_task_that_has_one(nano):
-    assert Task.load("mini-worlds").drawn(7).pool.world == 7
+    worlds = Task.load("mini-worlds")
+    assert worlds.drawn(7).pool.world == 7
+    assert worlds.hash != worlds.drawn(7).hash == Task.load("mini-worlds").drawn(7).hash
     with pytest.raises(InvalidSetting, match="has one world"):
         Task.load("mini").drawn(7)
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 #: File name endings by format, as Pillow names formats.
 ENDINGS = {"JPEG": (".jpg", ".jpeg"), "PNG": (".png",), "GIF": (".gif",), "WEBP": (".webp",)}
+_STARTS = (b"\xff\xd8", b"\x89PNG", b"GIF8", b"RIFF")
 _ALL_ENDINGS = tuple(ending for endings in ENDINGS.values() for ending in endings)
 
 
@@ -63,9 +64,12 @@ def check_image(data: bytes, path: str) -> Check:
             warnings.simplefilter("ignore")  # large, but not too large
             with Image.open(io.BytesIO(data)) as image:
                 kind, (width, height) = image.format or "?", image.size
+                kind = "JPEG" if kind == "MPO" else kind  # several JPEGs in a row, of a camera: the first is read
                 if kind not in _WHOLE:
                     image.load()
     except UnidentifiedImageError:
+        if data.startswith(_STARTS):
+            return Check("truncated: no whole header")
         return Check(f"not an image: it begins with {data[:12]!r}")
     except Image.DecompressionBombError:
         return Check("too large: more pixels than Pillow opens")
@@ -76,7 +80,7 @@ def check_image(data: bytes, path: str) -> Check:
     if kind in _WHOLE and not _WHOLE[kind](data):
         return Check(f"truncated: the {kind} has no end, {len(data):,} bytes")
     ending = Path(path).suffix.lower()
-    if ending not in ENDINGS.get(kind, ()):
+    if ending not in ENDINGS.get(kind, ()) and Image.registered_extensions().get(ending) != kind:
         return Check(note=f"mislabelled: a {kind} named {ending or 'without an ending'}")
     return Check()
 

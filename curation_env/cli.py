@@ -90,8 +90,12 @@ def prepare(
         raise InvalidSetting(f"task {chosen.name!r} makes its own pool: leave --source out")
     with Progress() as progress:
         if chosen.pool.kind != "mini":
+            from curation_env.ingest.catalog import Catalog
             from curation_env.ingest.prepare import prepare_pool, summary
 
+            lacking = [] if source is None else Catalog.load(chosen.pool.kind).check(source)
+            for path in lacking:
+                sys.stderr.write(f"{path} is not in {source}: rows with images from there stay out of the pool\n")
             print("\n".join(summary(prepare_pool(chosen.pool, root_of(data_root), source, progress))), flush=True)
         assets = prepared(chosen, root_of(data_root), progress, make=True)
     pool, view = Pool.open(assets.pool), Pool.open(assets.view)

@@ -103,7 +103,7 @@ def test_every_documented_error_is_in_the_table():
 LAYERS = (
     ("errors", "choices", "statuses", "text", "version", "progress"),
     ("task", "pool", "submission", "assets"),
-    ("audit", "training", "evaluation", "sandbox", "mini", "ledger"),
+    ("audit", "training", "evaluation", "sandbox", "mini", "ledger", "ingest"),
     ("pipeline",),
     ("feedback", "render"),
     ("episode", "runs"),

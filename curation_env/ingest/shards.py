@@ -114,7 +114,9 @@ def write_shard(folder: Path, images: Path, schema: pa.Schema, job: Job) -> Shar
         notes=made.notes,
     )
     partial[".json"].write_text(shard.model_dump_json())
-    for ending, path in partial.items():  # the last one says that all are there
+    for ending, path in partial.items():  # the last one says that all are there, so the others are on disk before it
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
         os.replace(path, folder / f"{job.name}{ending}")
     return shard
 

@@ -5,8 +5,8 @@
 
 The source has the shares of LLaVA's folders, its record sizes (1.5 kB a record) and some faults: images that are
 missing, cut off or GIFs named .jpg. Pictures are a few hundred; up to 50,000 rows each has a file of its own with other
-bytes at its end, above that they are hard links. Reading comes from memory: what is measured is the work. Memory is the sum over all processes, sampled ten times a
-second: what they share counts as often as they share it.
+bytes at its end, above that they are hard links. Reading comes from memory: what is measured is the work. Memory is the
+sum over all processes, sampled ten times a second: what they share counts as often as they share it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import io
 import json
 import os
 import random
+import resource
 import tempfile
 import threading
 import time
@@ -96,7 +97,8 @@ def make_source(folder: Path, rows: int, width: int, height: int) -> None:
 
 
 def watched(work: Any, *arguments: Any) -> dict[str, float]:
-    """Run a function in a fresh process; seconds, and the largest memory (GB) of it and its children together."""
+    """Run a function in a fresh process; seconds, CPU seconds and largest memory (GB) of it and its children together."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     process = get_context("spawn").Process(target=work, args=arguments)
     started = time.perf_counter()
     process.start()
@@ -116,7 +118,9 @@ def watched(work: Any, *arguments: Any) -> dict[str, float]:
     sampler.join()
     if process.exitcode:
         raise SystemExit(f"{work.__name__} ended with exit code {process.exitcode}")
-    return {"seconds": seconds, "resident_gb": peak[0], "own_gb": peak[1]}
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"seconds": seconds, "cpu_seconds": cpu, "resident_gb": peak[0], "own_gb": peak[1]}
 
 
 def _family(pid: int | None) -> list[psutil.Process]:
@@ -148,10 +152,8 @@ def make_index(pool: Path, suite: Path, out: Path) -> None:
     from curation_env.task import Task
 
     task = Task.load("mini")
-    build_suite(suite)
-    started = time.perf_counter()
+    build_suite(suite)  # a few seconds of it
     build_index(Pool.open(pool), suite, task.suite_config, task.audit_config, out)
-    (out / "seconds").write_text(str(time.perf_counter() - started))
 
 
 def count(pool: Path) -> None:
@@ -183,11 +185,10 @@ def main() -> None:
         if options.rest:
             figures["token counts"] = watched(count, pool)
             figures["audit index"] = watched(make_index, pool, folder / "suite", folder / "audit")
-            figures["audit index"]["seconds"] = float((folder / "audit" / "seconds").read_text())
-    table = Table("step", "seconds", "rows a second", "memory of all processes, GB", "of it not files, GB")
+    table = Table("step", "seconds", "rows a second", "rows a CPU second", "memory, GB", "of it not files, GB")
     for step, found in figures.items():
-        rate = f"{options.rows / found['seconds']:,.0f}"
-        table.add_row(step, f"{found['seconds']:.1f}", rate, f"{found['resident_gb']:.2f}", f"{found['own_gb']:.2f}")
+        rates = [f"{options.rows / found[of]:,.0f}" for of in ("seconds", "cpu_seconds")]
+        table.add_row(step, f"{found['seconds']:.1f}", *rates, f"{found['resident_gb']:.2f}", f"{found['own_gb']:.2f}")
     Console(width=120).print(table)
     print(f"{options.rows:,} records, images of {options.size} ({picture:,} bytes), {options.workers} processes")
     print(f"{coverage({**report, 'reference': {}})}; {report['notes']}")

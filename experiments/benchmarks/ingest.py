@@ -97,7 +97,7 @@ def make_source(folder: Path, rows: int, width: int, height: int) -> None:
 
 
 def watched(work: Any, *arguments: Any) -> dict[str, float]:
-    """Run a function in a fresh process; seconds, CPU seconds and largest memory (GB) of it and its children together."""
+    """Run a function in a fresh process: seconds, CPU seconds, largest memory (GB) of it and its children together."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     process = get_context("spawn").Process(target=work, args=arguments)
     started = time.perf_counter()

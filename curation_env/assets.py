@@ -172,23 +172,28 @@ def pool_fits(task: Task, assets: Assets) -> bool:
 
 def view_fits(task: Task, assets: Assets) -> bool:
     """Whether the agent's view, and the audit index, are of this pool and this suite by the task's rules."""
-    shared = assets.index.parent
-    if not index_fits(task, assets, shared):
+    if not audited(task, assets):
         return False
     # A student's view is the shared one's files, under the same names.
-    views = [folder / "rows" / "state.json" for folder in (shared, assets.view)]
+    views = [folder / "rows" / "state.json" for folder in (assets.index.parent, assets.view)]
     whole = all(path.is_file() for path in [*views, assets.view / "meta.json"])
     return whole and views[0].read_bytes() == views[1].read_bytes()
 
 
-def index_fits(task: Task, assets: Assets, view: Path) -> bool:
-    """Whether the audit index, and the view that was made by it, are of this pool and suite by the task's rules."""
+def audited(task: Task, assets: Assets) -> bool:
+    """Whether there is an audit index that fits, and beside it the view that was made by it."""
+    pool, made = (_read_json(folder / "meta.json") for folder in (assets.pool, assets.index.parent))
+    return index_fits(task, assets) and pool["hash"] == made.get("hash")
+
+
+def index_fits(task: Task, assets: Assets) -> bool:
+    """Whether the audit index is of this pool and suite by the task's rules."""
     from curation_env.audit.index import FORMAT
     from curation_env.audit.items import suite_digest, suite_files
     from curation_env.audit.rules import as_rules
 
-    pool, made, index = (_read_json(f / "meta.json") for f in (assets.pool, view, assets.index))
-    if not pool or pool.get("hash") != made.get("hash") or index.get("format") != FORMAT:
+    pool, index = (_read_json(folder / "meta.json") for folder in (assets.pool, assets.index))
+    if not pool or index.get("format") != FORMAT:
         return False
     made_of = (index.get("pool"), index.get("suite"), index.get("rules"))
     suite = suite_digest(suite_files(task.suite_config, assets.suite))
@@ -249,6 +254,7 @@ def _make_miniature(task: Task, assets: Assets, on_progress: Progress) -> None:
     report("audit", 2)
     if not view_fits(task, assets):
         pool = Pool.open(assets.pool)
+        (assets.view / "meta.json").unlink(missing_ok=True)  # the view is of the old index, whatever happens next
         index = build_index(pool, assets.suite, task.suite_config, task.audit_config, assets.index)
         write_view(pool, index, assets.view)
     report("done", 3)

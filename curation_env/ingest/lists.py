@@ -113,11 +113,10 @@ def _full(raw: Any, file: Path) -> Any:
 
 def _visible(task: Task, root: Path) -> dict[str, int] | None:
     """Ids of the agent's view, None before it is made."""
-    from curation_env.assets import index_fits, locate
+    from curation_env.assets import audited, locate
 
     assets = locate(task, root)
-    shared = assets.index.parent
-    return Pool.open(shared).position if index_fits(task, assets, shared) else None
+    return Pool.open(assets.index.parent).position if audited(task, assets) else None
 
 
 def _explainer(pool: Pool) -> Callable[[Record, str], str]:

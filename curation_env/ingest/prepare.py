@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from curation_env.audit.index import build_index
+from curation_env.audit.index import AuditIndex, build_index
 from curation_env.audit.view import write_view
 from curation_env.errors import MissingAssets
 from curation_env.ingest.build import Progress, ingest
@@ -65,8 +65,10 @@ def state_of(pool: PublicPool, path: Path) -> str:
     if not report:
         return f"{path}: prepare with: curation-env prepare TASK --source DIR. {catalog.layout()}"
     lacking = {source for source, entry in report["sources"].items() if entry["faults"]}
-    files = [f"{file} ({name})" for file, name in catalog.public.items() if file.split("/")[0] in lacking]
-    return f"{path}: {coverage(report)}" + (f". Look at {', '.join(files)}" if files else "")
+    images = ((file, name) for file, name in catalog.public.items() if file != catalog.records)
+    # Where sources are no folders, any of them may lack images.
+    files = [f"{file} ({name})" for file, name in images if file.split("/")[0] in lacking or not catalog.rows]
+    return f"{path}: {coverage(report)}" + (f". Look at {', '.join(files)}" if lacking else "")
 
 
 def summary(report: dict[str, Any]) -> list[str]:
@@ -81,15 +83,16 @@ def summary(report: dict[str, Any]) -> list[str]:
 
 def make_view(task: Task, assets: Assets, on_progress: Progress) -> None:
     """Make what is missing or outdated of the audit index, the shared view, and the student's view."""
-    from curation_env.assets import index_fits
+    from curation_env.assets import audited, index_fits
 
     shared = assets.index.parent
     recipe = Recipe.model_validate(task.recipe_config)
-    if not index_fits(task, assets, shared):
-        pool = Pool.open(assets.pool)
-        shutil.rmtree(assets.view, ignore_errors=True)
-        index = build_index(pool, assets.suite, task.suite_config, task.audit_config, assets.index, on_progress)
-        write_view(pool, index, shared)
+    pool = Pool.open(assets.pool)
+    if not index_fits(task, assets):
+        (shared / "meta.json").unlink(missing_ok=True)  # the view is of the old index, whatever happens next
+        build_index(pool, assets.suite, task.suite_config, task.audit_config, assets.index, on_progress)
+    if not audited(task, assets):
+        write_view(pool, AuditIndex.open(assets.index), shared)
     scratch = assets.view.with_name(f".{assets.view.name}.{os.getpid()}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     (scratch / "rows").mkdir(parents=True)

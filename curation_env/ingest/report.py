@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from curation_env.ingest.shards import Shard
 
 REPORT, FAULTS = "report.json", "faults.jsonl"
+_SHOWN = 6  # sources that a line names
 
 
 def write_report(
@@ -73,10 +74,11 @@ def coverage(report: dict[str, Any]) -> str:
     """
     whole = sum(report["reference"].values()) or report["rows"] + sum(report["faults"].values())
     parts = [f"{report['rows']:,} of {whole:,} rows"]
-    for fault, count in sorted(report["faults"].items(), key=lambda item: -item[1]):
-        of = sorted(((entry["faults"].get(fault, 0), name) for name, entry in report["sources"].items()), reverse=True)
-        shown = [f"{name} {n:,}" for n, name in of[:6] if n] + ([] if len(of) < 7 or not of[6][0] else ["..."])
-        parts.append(f"{count:,} {fault}: {', '.join(shown)}")
+    for fault, count in Counter(report["faults"]).most_common():
+        of = Counter({source: entry["faults"].get(fault, 0) for source, entry in report["sources"].items()})
+        shown = [f"{source} {n:,}" for source, n in of.most_common(_SHOWN) if n]
+        more = ["..."] if sum(n > 0 for n in of.values()) > _SHOWN else []
+        parts.append(f"{count:,} {fault}: {', '.join(shown + more)}")
     return "; ".join(parts)
 
 
@@ -94,7 +96,7 @@ def _of(sources: dict[str, dict[str, Any]], source: str) -> dict[str, Any]:
     return sources.setdefault(source, {"rows": 0, "faults": Counter(), "notes": Counter()})
 
 
-def _sum(counts: Iterator[Counter[str]] | Any) -> dict[str, int]:
+def _sum(counts: Iterable[Counter[str]]) -> dict[str, int]:
     total: Counter[str] = Counter()
     for count in counts:
         total.update(count)

@@ -54,6 +54,10 @@ def examine(name: str, root: Path | None = None, world: int | None = None) -> li
     ]
     if not findings[-1].ok:
         findings[-1] = Finding("student", False, describe(task.student, assets.student, name))
+    if task.pool.kind != "mini":
+        from curation_env.ingest.prepare import state_of
+
+        findings[0] = findings[0]._replace(text=state_of(task.pool, assets.pool))
     for library in LIBRARIES:
         there = importlib.util.find_spec(library) is not None
         findings.append(Finding(f"library {library}", there, "installed" if there else "pip install -e ."))

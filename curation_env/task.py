@@ -52,7 +52,7 @@ class MiniPool(_Strict):
 class PublicPool(_Strict):
     """A pool made of public files, described in `conf/pool/<kind>.yaml`."""
 
-    kind: Literal["llava665k", "visionflan"]
+    kind: Literal["llava", "visionflan"]
     text: bool = Field(True, description="whether the rows without an image belong to it")
 
     @property

@@ -41,7 +41,7 @@ class TokenCounter:
         turns = [(turn["user"], turn["assistant"]) for turn in conversation]
         layouts = []
         if image or self._recipe.text_only_image == "black":
-            if image is True and self._images.fixed is None:
+            if image is True and self.sized:
                 raise ValueError("this student's images take tokens by their size: give the image's bytes")
             layouts = [layout_of(self._images, self._recipe, image if isinstance(image, bytes) else None)]
         text, spans = self._recipe.chat.render(turns, images=image_texts(self._images, self._recipe, layouts))
@@ -49,6 +49,11 @@ class TokenCounter:
         tokens, offsets = np.asarray(found.ids), np.asarray(found.offsets).reshape(-1, 2)
         _, supervised = expanded(tokens, supervised_tokens(offsets, spans), self._images.token, layouts)
         return int(supervised[1 : self._recipe.max_length].sum())  # the first token has none before it
+
+    @property
+    def sized(self) -> bool:
+        """Whether images take tokens by their size, so that their bytes are needed."""
+        return self._images.fixed is None
 
     @cached_property
     def _images(self) -> Images:

@@ -243,7 +243,7 @@ class Pipeline:
         Returns:
             float32 of shape (rows of the view,), and seconds: the price is the same when the values were cached.
         """
-        key = f"{self.assets.pool.name}--{self.task.student}-{self._signal_key}/{name}"
+        key = f"{self.assets.pool.name}--{Path(self.task.student).name}-{self._signal_key}/{name}"
         found = _read_signal(files := self._signals.read(key), len(self.pool))
         if found is None:
             if files:

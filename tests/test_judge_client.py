@@ -67,6 +67,7 @@ def test_every_rule_is_answered_by_the_miniatures_judge(real: Endpoint) -> None:
     assert [answer.splitlines()[0] for answer in answers] == ["1.0", "0.5", "9 9", "3", "0.5"]
     assert seen == [(k, 4) for k in range(1, 5)]
     assert client.log == {request.message: answer for request, answer in zip(requests, answers, strict=False)}
+    assert client.version == {"id": MODEL, "owned_by": "curation-env", "answers_as": MODEL}
 
 
 def test_a_wrong_key_is_no_reason_to_ask_again(real: Endpoint) -> None:
@@ -314,6 +315,39 @@ def test_what_is_sent(server: Misbehaving) -> None:
     assert [body["messages"] for body in server.bodies] == [[{"role": "user", "content": "grüße\n{}"}]] * 3
     assert [body["model"] for body in server.bodies] == ["m"] * 3
     assert [body["temperature"] for body in server.bodies] == [0, 0.5, 1]  # the first answer is the greedy one
+
+
+def test_system_message_limits_and_the_suites_own_fields_are_sent(server: Misbehaving) -> None:
+    endpoint = server.endpoint._replace(body={"chat_template_kwargs": {"enable_thinking": False}})
+    server.script = [says("no"), says("1")]
+    with JudgeClient(endpoint, WAIT) as client:
+        client.ask([question("q")._replace(system="be fair", temperature=0.2, max_tokens=128)])
+    assert [body["messages"][0] for body in server.bodies] == [{"role": "system", "content": "be fair"}] * 2
+    assert [body["temperature"] for body in server.bodies] == [0.2, 0.7]
+    assert {body["max_tokens"] for body in server.bodies} == {128}
+    assert all(body["chat_template_kwargs"] == {"enable_thinking": False} for body in server.bodies)
+
+
+def reply(model: str, fingerprint: str) -> Reply:
+    choices = [{"message": {"role": "assistant", "content": "1"}}]
+    return sends(200, {"model": model, "system_fingerprint": fingerprint, "choices": choices})
+
+
+def test_the_version_of_the_judge_is_kept(server: Misbehaving, client: JudgeClient) -> None:
+    entry = {"id": "m", "owned_by": "vllm", "max_model_len": 4096, "created": 1_700_000_000, "root": "/models/m"}
+    server.listing = sends(200, {"data": [{"id": "other"}, entry]})
+    server.script = [reply("m-2026", "fp_2"), reply("m-2026", "fp_1")]
+    client.probe(question("p"))
+    client.ask([question("q")])
+    assert client.version == {"id": "m", "owned_by": "vllm", "max_model_len": 4096, "answers_as": "m-2026"}
+    assert client.fingerprints == ["fp_1", "fp_2"]
+
+
+def test_a_judge_that_becomes_another_is_no_judge(server: Misbehaving, client: JudgeClient) -> None:
+    server.script = [reply("m-1", ""), reply("m-2", "")]
+    client.probe(question("p"))
+    with pytest.raises(JudgeUnavailable, match="answers as 'm-2' now, and as 'm-1' before"):
+        client.ask([question("q")])
 
 
 def test_equal_messages_are_asked_once_and_answers_keep_their_order(server: Misbehaving, client: JudgeClient) -> None:

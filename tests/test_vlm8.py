@@ -64,10 +64,10 @@ def test_grades_and_scores_are_vlmevalkits(name: str, items: dict[str, list[Item
         # VLMEvalKit rounds LLaVABench's score, and keeps one result of a circular family.
         assert score == pytest.approx(file["score"], abs=0.051 if name == "LLaVABench" else 1e-5)
         if name == "MMBench":
-            families = {
-                index: [g for k, g in grades.items() if int(k) % COPY == int(index)] for index in file["grades"]
+            found = {
+                index: min(grade.score for k, grade in grades.items() if int(k) % COPY == int(index))
+                for index in file["grades"]
             }
-            found = {index: min(grade.score for grade in family) for index, family in families.items()}
         elif name == "LLaVABench":
             found = {index: 10 * grade.score + grade.extra / 100 for index, grade in grades.items()}
         else:
@@ -118,7 +118,7 @@ def test_prompts_are_what_llava_is_given(name: str, index: object, prompt: str, 
 
 
 def test_pictures_are_those_of_the_files_that_vlmevalkit_writes(items: dict[str, list[Item]]) -> None:
-    """A JPEG name means another encoding, and a name that occurs again the first picture; a PNG name changes nothing."""
+    """A JPEG's name means another encoding, a name that occurs again the first picture; a PNG's changes nothing."""
     assert by_index(items, "OCRBench", 3).images == (base64.b64decode(picture(903)),)
     assert by_index(items, "MMVet", "v1_2").images == (base64.b64decode(picture(702, kind="JPEG")),)
     with Image.open(io.BytesIO(base64.b64decode(picture(201)))) as image:

@@ -278,6 +278,7 @@ _PHRASES = (
     "B is what I would think that it may be",
     "C I think it is",
     "D?",
+    "Sorry, I can't help with images of people yet.",
     "Z",
     "A B",
     "A, it is a thing that one can not see so well",
@@ -309,15 +310,22 @@ _PHRASES = (
     "grün 图",
 )
 
+SEEDS = 2 * len(_PHRASES)
+
 
 def predictions(rows: Sequence[dict[str, str]], seed: int) -> list[str]:
-    """One answer a row: stock phrases, letters, texts of its options and of its answer, dressed in different ways.
+    """One answer a row: letters, texts of its options and of its answer, dressed in different ways.
+
+    Every other row gets a stock phrase instead; over `SEEDS` seeds each row gets each phrase.
 
     Args:
         rows: Of each row: its options by letter, `answer`, and whatever else is text.
     """
     rng = random.Random(seed)
-    return [rng.choice(_PHRASES if rng.random() < 0.5 else list(_candidates(row, rng))) for row in rows]
+    drawn = [rng.choice(list(_candidates(row, rng))) for row in rows]
+    for k in range(seed % 2, len(rows), 2):
+        drawn[k] = _PHRASES[(seed // 2 + 7 * k) % len(_PHRASES)]
+    return drawn
 
 
 def _candidates(row: dict[str, str], rng: random.Random) -> Iterator[str]:
@@ -339,4 +347,5 @@ def _candidates(row: dict[str, str], rng: random.Random) -> Iterator[str]:
         text.upper(),
     )
     yield from (f"It is {text}.", f"the answer is {letter}", f"{letter} {rng.choice(texts)}", f"{text} or {letter}")
-    yield from (text.strip("[]'"), f"so: {text.strip('[]')!r}", text + "." * rng.randrange(60))
+    yield from (text.strip("[]'"), f"so: {text.strip('[]')!r}")
+    yield from (text + "." * n for n in (20, rng.randrange(60), 60))

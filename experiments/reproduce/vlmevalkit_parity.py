@@ -1,6 +1,6 @@
 """Compare this package's evaluation with VLMEvalKit's own code, question by question.
 
-    python experiments/reproduce/vlmevalkit_parity.py --checkout VLMEvalKit [--data FOLDER] [--files 12]
+    python experiments/reproduce/vlmevalkit_parity.py --checkout VLMEvalKit [--data FOLDER] [--files N]
 
 For each of the eight sets: the prompt and the images that each side gives LLaVA-1.5, and the grades and scores of
 generated prediction files. Where a judge is involved, both sides ask a loopback server; what they ask is compared, and
@@ -48,7 +48,7 @@ from curation_env.task import conf_dir
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
-from vlm8_support import SETS, predictions, write_sets  # noqa: E402
+from vlm8_support import SEEDS, SETS, predictions, write_sets  # noqa: E402
 
 COMMIT = "e8e78f05f3080fe28154f2130321f17951c3be94"
 MODEL = "parity"
@@ -418,7 +418,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkout", type=Path, required=True, help=f"a clone of VLMEvalKit at {COMMIT[:12]}")
     parser.add_argument("--data", type=Path, help="folder of the public TSV files; the fixtures where left out")
-    parser.add_argument("--files", type=int, default=12, help="prediction files of each set")
+    parser.add_argument("--files", type=int, default=SEEDS, help=f"prediction files of each set (default {SEEDS})")
     parser.add_argument("--sets", nargs="*", default=list(SETS), choices=list(SETS))
     parser.add_argument("--write", type=Path, help="file for VLMEvalKit's results on the fixtures, which tests read")
     arguments = parser.parse_args()

@@ -159,6 +159,13 @@ class Task(_Strict):
         return resolved(_yaml("suite", self.suite))
 
     @property
+    def suite_title(self) -> str:
+        """The displayed version of the suite."""
+        from curation_env.evaluation.wording import title
+
+        return title(self.suite_config)
+
+    @property
     def audit_config(self) -> dict[str, Any]:
         return _yaml("audit", self.audit)
 

@@ -16,10 +16,11 @@ from vlm8_support import COPY, SETS, picture, write_sets
 
 from curation_env.audit.items import read_items as audited_items
 from curation_env.errors import MissingAssets, StageFailed, TaskMismatch
+from curation_env.evaluation.prepare import prepare_suite
 from curation_env.evaluation.scorers import make_scorer
 from curation_env.evaluation.split import split_items
 from curation_env.evaluation.spreadsheet import read_back
-from curation_env.evaluation.suite import Item, Suite, read_items, read_suite
+from curation_env.evaluation.suite import Item, Suite, read_items, read_split, read_suite
 from curation_env.task import conf_dir
 
 # Written by `experiments/reproduce/vlmevalkit_parity.py --files 6 --write`, from VLMEvalKit's own code.
@@ -164,6 +165,36 @@ def test_what_is_missing_is_listed_with_where_it_is_public(folder: Path, tmp_pat
     ) as caught:
         read_suite(tmp_path, Suite.model_validate(CONFIG))
     assert "OCRBench" not in str(caught.value)
+
+
+def test_a_suite_is_prepared_from_the_users_files(folder: Path, tmp_path: Path) -> None:
+    suite, target = local_suite(folder).model_dump(mode="json"), tmp_path / "suites" / "vlm8-v1"
+    digest = prepare_suite(folder, target, suite)
+    meta = json.loads((target / "meta.json").read_text())
+    assert meta["hash"] == digest
+    assert meta["items"]["MMMU"] == 12
+    rows = read_suite(target, local_suite(folder))
+    assert {name: len(found) for name, found in rows.items()} == meta["items"]
+    assert set(read_split(target, rows)["MMMU"]) == {item.index for item in rows["MMMU"]}
+    assert sorted(path.name for path in target.iterdir() if path.name.startswith(".")) == []
+    assert prepare_suite(tmp_path / "gone", target, suite) == digest  # what is there needs no source
+
+
+def test_a_suite_is_not_prepared_from_other_files(folder: Path, tmp_path: Path) -> None:
+    suite = local_suite(folder).model_dump(mode="json")
+    source = tmp_path / "source"
+    source.mkdir()
+    for file in folder.glob("*.tsv"):
+        (source / file.name).write_bytes(file.read_bytes())
+    (source / "MMVet.tsv").unlink()
+    (source / "OCRBench.tsv").unlink()
+    with pytest.raises(MissingAssets, match=r"lacks files of suite vlm8-v1:\n  MMVet\.tsv: h.*\n  OCRBench\.tsv: h"):
+        prepare_suite(source, tmp_path / "suite", suite)
+    for name in ("MMVet", "OCRBench"):
+        (source / f"{name}.tsv").write_bytes((folder / "MMStar.tsv").read_bytes())
+    with pytest.raises(TaskMismatch, match=r"MMVet\.tsv is not the suite's file"):
+        prepare_suite(source, tmp_path / "suite", suite)
+    assert not (tmp_path / "suite" / "meta.json").exists()
 
 
 def test_a_split_needs_its_column(tmp_path: Path) -> None:

@@ -121,13 +121,13 @@ def test_the_suites_name_and_the_tasks_hash_say_whose_words(checkout: Path, monk
     suite = config(checkout)
     monkeypatch.delenv(SETTING, raising=False)
     own = Task.load("nano").model_copy(update={"suite": str(checkout / "suite")})
-    assert own.suite_config["name"] == "vlm8-v1 (judge asked in own words)"
+    assert own.suite_title == "vlm8-v1 (judge asked in own words)"
     assert Suite.model_validate(own.suite_config).judge is not None
     assert len(own.judge_free) == 5
     before = own.hash
     monkeypatch.setenv(SETTING, str(checkout))
     theirs = Task.load("nano").model_copy(update={"suite": str(checkout / "suite")})
-    assert theirs.suite_config["name"] == "vlm8-v1 (judge asked in VLMEvalKit c0ffee1)"
+    assert theirs.suite_title == "vlm8-v1 (judge asked in VLMEvalKit c0ffee1)"
     assert theirs.hash != before
     assert str(checkout) not in json.dumps(theirs.suite_config)  # where it lies moves no score
     assert resolved(suite)["judge"]["prompts"]["source"] == "vlmevalkit"
@@ -140,4 +140,4 @@ def test_a_suite_without_such_prompts_stays_as_it_is(checkout: Path, monkeypatch
     before = Task.load("nano").hash
     monkeypatch.setenv(SETTING, str(checkout / "nowhere"))
     assert Task.load("nano").hash == before
-    assert Task.load("nano").suite_config["name"] == "mini-v1"
+    assert Task.load("nano").suite_title == "mini-v1"

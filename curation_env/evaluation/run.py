@@ -25,7 +25,7 @@ from curation_env.evaluation.judge import Endpoint, JudgeClient
 from curation_env.evaluation.scorers import Grade, JudgeRequest, Scorer, make_scorer
 from curation_env.evaluation.spreadsheet import read_back
 from curation_env.evaluation.suite import Item, Part, Suite, fingerprint, read_split, read_suite
-from curation_env.evaluation.wording import Wording
+from curation_env.evaluation.wording import Wording, title
 from curation_env.training.data import Encoder, image_key
 from curation_env.training.model import Features, Student, resolve_device
 from curation_env.training.recipe import Recipe
@@ -216,7 +216,7 @@ def _grade(
         ]
         (out / "judge.jsonl").write_text("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in kept))
         if suite.judge is not None and suite.judge.kind == "endpoint":
-            record = {"suite": suite.name, **client.version, "fingerprints": client.fingerprints}
+            record = {"suite": title(suite.model_dump()), **client.version, "fingerprints": client.fingerprints}
             (out / "judge.json").write_text(json.dumps(record, indent=1, sort_keys=True))
     seconds["score"] = round(time.perf_counter() - mark, 4)
     return result | {"seconds": seconds}

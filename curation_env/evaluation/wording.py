@@ -41,22 +41,29 @@ def checkout() -> str:
 
 
 def resolved(suite: Mapping[str, Any]) -> dict[str, Any]:
-    """A suite file with the source of its judge's prompts, and with a name that says which it is.
+    """A suite file with the source of its judge's prompts.
 
     Raises:
         MissingAssets: The checkout lacks a file.
         TaskMismatch: A file of the checkout is not that of the suite's commit.
     """
-    suite = copy.deepcopy(dict(suite))
-    prompts = (suite.get("judge") or {}).get("prompts")
+    found: dict[str, Any] = copy.deepcopy(dict(suite))
+    prompts = (found.get("judge") or {}).get("prompts")
     if prompts is None:
-        return suite
+        return found
     prompts["source"] = "vlmevalkit" if checkout() else "own"
     if checkout():
         _read_files(checkout(), prompts["commit"], tuple(prompts["files"].items()))
-    words = f"VLMEvalKit {prompts['commit'][:7]}" if checkout() else "own words"
-    suite["name"] = f"{suite['name']} (judge asked in {words})"
-    return suite
+    return found
+
+
+def title(suite: Mapping[str, Any]) -> str:
+    """The displayed version of a resolved suite file: its name, and in whose words its judge is asked."""
+    prompts = (suite.get("judge") or {}).get("prompts")
+    if prompts is None:
+        return str(suite["name"])
+    words = f"VLMEvalKit {prompts['commit'][:7]}" if prompts["source"] == "vlmevalkit" else "own words"
+    return f"{suite['name']} (judge asked in {words})"
 
 
 class Wording:

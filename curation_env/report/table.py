@@ -53,7 +53,7 @@ def run_table(run: Run) -> Table:
     assert best.average is not None
     table.caption = (
         f"* best: {best.average:.2f}. +- is the average's standard error over items (random, full: sd over runs). "
-        f"Judge-free: the mean of what no judge grades. Suite: {task.suite_config['name']}."
+        f"Judge-free: the mean of what no judge grades. Suite: {task.suite_title}."
     )
     return table
 

@@ -43,7 +43,7 @@ from curation_env.evaluation.judge import Endpoint, JudgeClient
 from curation_env.evaluation.scorers import Grade, make_scorer
 from curation_env.evaluation.spreadsheet import read_back
 from curation_env.evaluation.suite import Item, Suite, read_items
-from curation_env.evaluation.wording import SETTING, Wording, resolved
+from curation_env.evaluation.wording import SETTING, Wording, resolved, title
 from curation_env.task import conf_dir
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -441,7 +441,9 @@ def main() -> None:
             work = Path(scratch) / "work"
             expected[name] = compare_scores(name, theirs, ours, report, arguments.files, work)
             shutil.rmtree(data / "images", ignore_errors=True)
-    print(f"VLMEvalKit {COMMIT}, {suite.name}, {'fixtures' if arguments.data is None else arguments.data}")
+    print(
+        f"VLMEvalKit {COMMIT}, {title(suite.model_dump())}, {'fixtures' if arguments.data is None else arguments.data}"
+    )
     whats = list(dict.fromkeys(what for _, what in report.counts))
     for name in arguments.sets:
         cells = [f"{what} {report.counts[name, what]}" for what in whats if report.counts[name, what]]

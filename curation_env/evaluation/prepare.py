@@ -12,7 +12,7 @@ from typing import Any
 
 from curation_env.errors import MissingAssets
 from curation_env.evaluation.split import write_split
-from curation_env.evaluation.suite import Suite, check_public, read_suite
+from curation_env.evaluation.suite import Suite, check_public
 
 
 def prepare_suite(source: str | Path, folder: str | Path, suite: dict[str, Any]) -> str:
@@ -52,11 +52,8 @@ def prepare_suite(source: str | Path, folder: str | Path, suite: dict[str, Any])
             hasher.update(hashlib.file_digest(file, "sha256").digest())
     write_split(folder, suite)
     digest = hasher.hexdigest()
-    meta = {
-        "key": resolved.name,
-        "hash": digest,
-        "items": {name: len(rows) for name, rows in read_suite(folder, resolved).items()},
-    }
+    split = json.loads((folder / "split.json").read_text())["items"]
+    meta = {"key": resolved.name, "hash": digest, "items": {name: len(rows) for name, rows in split.items()}}
     scratch = folder / f".meta.{os.getpid()}"
     scratch.write_text(json.dumps(meta, indent=1, sort_keys=True))
     scratch.rename(folder / "meta.json")

@@ -441,9 +441,8 @@ def main() -> None:
             work = Path(scratch) / "work"
             expected[name] = compare_scores(name, theirs, ours, report, arguments.files, work)
             shutil.rmtree(data / "images", ignore_errors=True)
-    print(
-        f"VLMEvalKit {COMMIT}, {title(suite.model_dump())}, {'fixtures' if arguments.data is None else arguments.data}"
-    )
+    files = "fixtures" if arguments.data is None else arguments.data
+    print(f"VLMEvalKit {COMMIT}, {title(suite.model_dump())}, {files}")
     whats = list(dict.fromkeys(what for _, what in report.counts))
     for name in arguments.sets:
         cells = [f"{what} {report.counts[name, what]}" for what in whats if report.counts[name, what]]

@@ -149,6 +149,8 @@ class Theirs:
             api.OpenAIWrapper = importlib.import_module("vlmeval.api.gpt").OpenAIWrapper  # type: ignore[attr-defined]
             api.HFChatModel = api.SiliconFlowAPI = None  # type: ignore[attr-defined]
             llava = importlib.import_module("vlmeval.vlm.llava.llava").LLaVA
+            llavabench = importlib.import_module("vlmeval.dataset.utils.llavabench")
+            self._llavabench_score = llavabench.LLaVABench_score
             self._post_check = importlib.import_module("vlmeval.dataset.utils.mathvista").post_check
         self._load, self._dump = smp.load, smp.dump
         self._model = llava.__new__(llava)
@@ -215,8 +217,9 @@ class Theirs:
             score = result[result["Category"] == "Overall"].iloc[0]["acc"]
             return self._column(folder / f"{Path(file).stem}_{MODEL}.xlsx", "score"), score
         if name == "LLaVABench":
-            score = result[result["split"] == "overall"].iloc[0]["Relative Score (main)"]
             record = self._load(str(kept["_openai_result"]))
+            result = self._llavabench_score(record)  # `evaluate` rounds it to a tenth
+            score = result[result["split"] == "overall"].iloc[0]["Relative Score (main)"]
             pairs = zip(record["index"], record["score"], record["gpt4_score"], strict=True)
             return {str(k): float(mine) + float(reference) / 1000 for k, mine, reference in pairs}, score
         score = result[result["Task&Skill"] == "Overall"].iloc[0]["acc"]
@@ -367,7 +370,6 @@ def compare_scores(
         judges = [LoopbackJudge(ours.suite.benchmarks[name].scorer) if judged else None for _ in range(2)]
         their_grades, their_score = theirs.evaluate(name, said, folder / name / str(number), judges[0])
         our_grades, our_score, verdicts = ours.evaluate(name, dict(zip(index, said, strict=True)), judges[1])
-        our_score = round(our_score, 1) if name == "LLaVABench" else our_score  # VLMEvalKit rounds this one
         report.compare(name, "scores", f"file {number}", round(float(their_score), 6), round(our_score, 6))
         report.compare(name, "graded items", f"file {number}", sorted(their_grades), sorted(our_grades))
         text = dict(zip(index, said, strict=True))

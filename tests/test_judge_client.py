@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -348,6 +349,31 @@ def test_a_judge_that_becomes_another_is_no_judge(server: Misbehaving, client: J
     client.probe(question("p"))
     with pytest.raises(JudgeUnavailable, match="answers as 'm-2' now, and as 'm-1' before"):
         client.ask([question("q")])
+
+
+def test_what_was_answered_before_a_failure_is_not_asked_again(server: Misbehaving, tmp_path: Path) -> None:
+    journal = tmp_path / "journal.jsonl"
+
+    def gives_out(handler: Handler) -> None:
+        text = handler.body["messages"][0]["content"]
+        (says(text) if text < "5" else sends(403, {"error": "no more"}))(handler)
+
+    server.script = [gives_out]
+    texts = [str(k) for k in range(10)]
+    for text in texts[:5]:
+        with JudgeClient(server.endpoint, WAIT, journal) as client:
+            client.ask([question(text)])
+    with JudgeClient(server.endpoint, WAIT, journal) as client, pytest.raises(JudgeUnavailable, match="no more"):
+        client.ask([question(text) for text in texts])
+    with journal.open("a") as file:
+        file.write('{"request": "9", "ans')  # killed while it wrote
+    server.bodies.clear()
+    server.script = [lambda handler: says(handler.body["messages"][0]["content"])(handler)]
+    with JudgeClient(server.endpoint, WAIT, journal) as client:
+        assert client.ask([question(text) for text in texts]) == texts
+    assert sorted(body["messages"][0]["content"] for body in server.bodies) == texts[5:]
+    with JudgeClient(server.endpoint, WAIT, journal) as client:
+        assert client.log == dict(zip(texts, texts, strict=True))
 
 
 def test_equal_messages_are_asked_once_and_answers_keep_their_order(server: Misbehaving, client: JudgeClient) -> None:

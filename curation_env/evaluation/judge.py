@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import urllib3
@@ -40,6 +41,10 @@ class Endpoint(NamedTuple):
 class JudgeClient:
     """Asks one judge. Equal messages are asked once; requests and answers are kept in `log`.
 
+    Args:
+        first_wait: Seconds before a request is tried again for the first time; later waits grow.
+        journal: File that every answer is added to at once, and whose answers are not asked for again.
+
     Attributes:
         version: After `probe`, what the endpoint says that it is: model, owner, context, the name that it answers as.
 
@@ -48,10 +53,11 @@ class JudgeClient:
             or answers nonsense after retries with growing waits (and temperature, from the second attempt on).
     """
 
-    def __init__(self, endpoint: Endpoint, first_wait: float = FIRST_WAIT) -> None:
+    def __init__(self, endpoint: Endpoint, first_wait: float = FIRST_WAIT, journal: Path | None = None) -> None:
         self.endpoint = endpoint
         self.first_wait = first_wait
-        self.log: dict[str, str] = {}
+        self._journal = journal
+        self.log: dict[str, str] = _journaled(journal) if journal is not None else {}
         self.version: dict[str, Any] = {}
         self._fingerprints: set[str] = set()
         headers = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
@@ -94,13 +100,19 @@ class JudgeClient:
             futures = {threads.submit(self._answer, request): message for message, request in distinct.items()}
             try:
                 for done, future in enumerate(as_completed(futures), 1):
-                    self.log[futures[future]] = future.result()
+                    self._keep(futures[future], future.result())
                     if on_progress:
                         on_progress(done, len(futures))
             except BaseException:
                 threads.shutdown(wait=True, cancel_futures=True)
                 raise
         return [self.log[request.message] for request in requests]
+
+    def _keep(self, message: str, answer: str) -> None:
+        self.log[message] = answer
+        if self._journal is not None:
+            with self._journal.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"request": message, "answer": answer}) + "\n")
 
     def _answer(self, request: JudgeRequest) -> str:
         said: Any = None
@@ -155,3 +167,17 @@ class JudgeClient:
 
     def _unavailable(self, cause: str) -> JudgeUnavailable:
         return JudgeUnavailable(f"the judge {self.endpoint.model} at {self.endpoint.url} is of no use: {cause}")
+
+
+def _journaled(path: Path) -> dict[str, str]:
+    """The answers in a journal; a last line that was cut off is cut away."""
+    kept: dict[str, str] = {}
+    if not path.is_file():
+        return kept
+    whole = path.read_bytes()
+    whole = whole[: whole.rfind(b"\n") + 1]
+    path.write_bytes(whole)
+    for line in whole.splitlines():
+        entry = json.loads(line)
+        kept[entry["request"]] = entry["answer"]
+    return kept

@@ -34,6 +34,7 @@ Progress = Callable[[dict[str, Any]], None]
 BLOCKS = 20  # of item groups, for the jackknife
 PROBE = Item("probe", "0", "What is shown?", "a cat", "", (), {}, {"gpt4_ans": "a cat"})
 ANSWERS = "answers.json"  # what `answer` leaves for `grade`
+JOURNAL = "judge-journal.jsonl"  # what a `grade` that failed leaves for the next
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,8 @@ def grade(
 ) -> dict[str, Any]:
     """The second half of `evaluate`: grade what `answer` left in `out`; needs no student and no GPU.
 
+    One that failed goes on where it was when it is called again: what the judge has answered is not asked again.
+
     Returns:
         As `evaluate`.
 
@@ -146,7 +149,7 @@ def grade(
         texts = json.loads((Path(out) / ANSWERS).read_text())
     except (OSError, ValueError) as error:
         raise StageFailed(f"no answers to grade in {out}: {error}") from error
-    with _probed(suite, judge) as client:
+    with _probed(suite, judge, Path(out) / JOURNAL) as client:
         items = _read(suite, suite_dir)[1]
         return _grade(client, judge, suite, items, texts, Path(out), on_progress or (lambda event: None), {})
 
@@ -242,7 +245,7 @@ def _scorers(suite: Suite, judge: Endpoint | None) -> dict[str, Scorer]:
 
 
 @contextlib.contextmanager
-def _probed(suite: Suite, endpoint: Endpoint | None) -> Iterator[JudgeClient | None]:
+def _probed(suite: Suite, endpoint: Endpoint | None, journal: Path | None = None) -> Iterator[JudgeClient | None]:
     """A probed client where the suite needs a judge: a dead one is found before anything is generated."""
     if not any(benchmark.judge for benchmark in suite.benchmarks.values()):
         yield None
@@ -251,7 +254,7 @@ def _probed(suite: Suite, endpoint: Endpoint | None) -> Iterator[JudgeClient | N
         raise JudgeUnavailable(f"suite {suite.name} has open answers to grade and no judge endpoint was given")
     request = make_scorer("mmvet").ask(PROBE, "a cat")
     assert request is not None
-    with JudgeClient(endpoint) as client:
+    with JudgeClient(endpoint, journal=journal) as client:
         client.probe(request)
         yield client
 

@@ -12,16 +12,21 @@ from typing import Any
 import pytest
 import yaml
 from PIL import Image
+from training_support import make_init
 from vlm8_support import COPY, SETS, picture, write_sets
 
 from curation_env.audit.items import read_items as audited_items
 from curation_env.errors import MissingAssets, StageFailed, TaskMismatch
+from curation_env.evaluation.judge import Endpoint
 from curation_env.evaluation.prepare import prepare_suite
+from curation_env.evaluation.run import evaluate
 from curation_env.evaluation.scorers import make_scorer
 from curation_env.evaluation.split import split_items
 from curation_env.evaluation.spreadsheet import read_back
 from curation_env.evaluation.suite import Item, Suite, read_items, read_split, read_suite
+from curation_env.mini.judge import MODEL, serve
 from curation_env.task import conf_dir
+from curation_env.training.recipe import Recipe
 
 # Written by `experiments/reproduce/vlmevalkit_parity.py --files 6 --write`, from VLMEvalKit's own code.
 EXPECTED: dict[str, Any] = json.loads((Path(__file__).parent / "vlm8_expected.json").read_text(encoding="utf-8"))
@@ -218,3 +223,34 @@ def test_answers_become_what_a_spreadsheet_gives_back() -> None:
     assert read_back(said) == ["nan", "nan", "nan", "nan", "3", " 3", "1,000", "none", 'a "b"\tc\nd', "True"]
     assert read_back(["1", "2"]) == ["1", "2"]
     assert read_back([]) == []
+
+
+def test_a_student_is_scored_on_all_eight(folder: Path, tmp_path: Path) -> None:
+    """The whole stage, with several pictures in a prompt; the miniature's rubric answers for the judge."""
+    config = local_suite(folder).model_dump(mode="json")
+    config["judge"] |= {"model": MODEL, "body": {}}
+    for spec in config["benchmarks"].values():
+        spec["max_new_tokens"] = 3
+    prepare_suite(folder, tmp_path / "suite", config)
+    init = make_init(tmp_path / "init", width=32, layers=1)
+    server = serve()
+    try:
+        result = evaluate(
+            checkpoint=init,
+            recipe=Recipe.load("mini-v1"),
+            suite=Suite.model_validate(config),
+            suite_dir=tmp_path / "suite",
+            out=tmp_path / "out",
+            judge=Endpoint(server.url, MODEL, ""),
+            device="cpu",
+        )
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert set(result["scores"]["all"]) == set(SETS)
+    assert set(result["scores"]["sealed"]) == set(SETS) - {"LLaVABench"}
+    assert result["n"]["all"] == json.loads((tmp_path / "suite" / "meta.json").read_text())["items"]
+    record = json.loads((tmp_path / "out" / "judge.json").read_text())
+    assert record["suite"] == "vlm8-v1 (judge asked in own words)"
+    lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    assert {line["benchmark"] for line in lines if "judge" in line} == {"LLaVABench", "MMVet", "MathVista"}

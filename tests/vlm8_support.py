@@ -34,7 +34,8 @@ def picture(seed: int, mode: str = "RGB", kind: str = "PNG", size: tuple[int, in
 def hallusion() -> list[Row]:
     """Sets of figures and questions of both categories; a figure 0 without a picture is no item."""
     rows = []
-    for category, kind, shown in (("VD", "illusion", 1), ("VD", "math", 1), ("VS", "chart", 0), ("VS", "map", 1)):
+    kinds = (("VD", "illusion", 1), ("VD", "math", 1), ("VS", "chart", 0), ("VS", "map", 1))
+    for place, (category, kind, shown) in enumerate(kinds):
         for number in range(2):
             for figure in range(3 if number else 2):
                 for question in range(2):
@@ -44,7 +45,7 @@ def hallusion() -> list[Row]:
                             "index": f"{category}_{kind}_{shown}_{number}_{figure}_{question}",
                             "category": category,
                             "l2-category": kind,
-                            "image": "" if bare else picture(100 + 10 * number + figure),
+                            "image": "" if bare else picture(100 + 20 * place + 10 * number + figure),
                             "question": f"Is line {question} of the {kind} longer than line {figure}?",
                             "answer": "Yes" if (number + figure + question) % 2 else "No",
                         }

@@ -16,9 +16,10 @@ from evaluation_support import SUITE, make_suite, toy_tables
 from training_support import make_init, make_pool, make_rows
 
 from curation_env.errors import JudgeUnavailable, MissingAssets, StageFailed
+from curation_env.evaluation import run as halves
 from curation_env.evaluation.generate import Prompt, batches, generate
 from curation_env.evaluation.judge import Endpoint
-from curation_env.evaluation.run import answer, evaluate, grade, jackknife_variance
+from curation_env.evaluation.run import evaluate, jackknife_variance
 from curation_env.evaluation.scorers import Grade, make_scorer
 from curation_env.evaluation.suite import Item, JudgeSpec, Suite, read_items, read_suite
 from curation_env.mini.judge import MODEL, JudgeServer, serve
@@ -162,9 +163,9 @@ def test_two_stages_give_what_one_gives(
     whole = run(checkpoint, suite, folder / "suite", server, tmp_path / "whole")
     judge, out = Endpoint(server.url, MODEL, ""), tmp_path / "halves"
     common: dict[str, Any] = {"suite": suite, "suite_dir": folder / "suite", "out": out}
-    first = answer(checkpoint=checkpoint, recipe=RECIPE, device="cpu", **common)
+    first = halves.answer(checkpoint=checkpoint, recipe=RECIPE, device="cpu", **common)
     assert set(first["seconds"]) == {"load", "generate"}
-    second = grade(judge=judge, **common)
+    second = halves.grade(judge=judge, **common)
     assert {key: second[key] for key in ("scores", "stderr", "categories", "n")} == {
         key: whole[key] for key in ("scores", "stderr", "categories", "n")
     }
@@ -172,9 +173,9 @@ def test_two_stages_give_what_one_gives(
         assert (tmp_path / "whole" / name).read_bytes() == (out / name).read_bytes()
     assert not (out / "judge.json").exists()  # the built-in judge is a part of this package
     with pytest.raises(JudgeUnavailable, match="does not serve"):  # probed before anything is generated
-        answer(checkpoint=tmp_path / "none", recipe=RECIPE, judge=judge._replace(model="other"), **common)
+        halves.answer(checkpoint=tmp_path / "none", recipe=RECIPE, judge=judge._replace(model="other"), **common)
     with pytest.raises(StageFailed, match="no answers to grade"):
-        grade(judge=judge, **{**common, "out": tmp_path})
+        halves.grade(judge=judge, **{**common, "out": tmp_path})
 
 
 def test_an_endpoint_is_asked_as_the_suite_says_and_recorded(
@@ -207,8 +208,8 @@ def test_one_prompt_alone_is_answered_as_among_others(checkpoint: Path, suite: S
     together = generate(student, prompts, features, end_token=encoder.end_token)
     alone = [generate(student, [prompt], features, end_token=encoder.end_token)[0] for prompt in prompts]
     assert together == alone
-    assert any(0 < len(found) < prompt.max_new_tokens for found, prompt in zip(together, prompts, strict=True))
-    for prompt, found in list(zip(prompts, together, strict=True))[::9]:
+    assert any(0 < len(answer) < prompt.max_new_tokens for answer, prompt in zip(together, prompts, strict=True))
+    for prompt, answer in list(zip(prompts, together, strict=True))[::9]:
         pixels = encoder.pixels([images[key] for key in prompt.images]) if prompt.images else None
         reference = student.model.generate(
             input_ids=torch.from_numpy(prompt.tokens)[None],
@@ -218,7 +219,7 @@ def test_one_prompt_alone_is_answered_as_among_others(checkpoint: Path, suite: S
             eos_token_id=encoder.end_token,
             pad_token_id=0,
         )[0, len(prompt.tokens) :].tolist()
-        assert found == [token for token in reference if token != encoder.end_token]
+        assert answer == [token for token in reference if token != encoder.end_token]
 
 
 def test_batches_are_bounded() -> None:

@@ -15,8 +15,8 @@ import torch
 from evaluation_support import SUITE, make_suite, toy_tables
 from training_support import make_init, make_pool, make_rows
 
+import curation_env.evaluation.run as halves
 from curation_env.errors import JudgeUnavailable, MissingAssets, StageFailed
-from curation_env.evaluation import run as halves
 from curation_env.evaluation.generate import Prompt, batches, generate
 from curation_env.evaluation.judge import Endpoint
 from curation_env.evaluation.run import evaluate, jackknife_variance

@@ -85,8 +85,8 @@ def train(
     supervised = sum(row.n_supervised for row in rows)
     seconds["data"] = clock() - started
 
-    # Model. The frozen tower sees every distinct image once, in an order that the seed does not move; where all features
-    # are too much to keep, it sees the images of a step at each step.
+    # Model. The frozen tower sees every distinct image once, in an order that the seed does not move; where features of
+    # all are too much to keep, it sees the images of a step at each step.
     mark = clock()
     student = Student.load(init, recipe, place)
     seconds["model"], mark = clock() - mark, clock()

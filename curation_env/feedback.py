@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -64,6 +65,12 @@ def gain_recovered(task: Task, average: float, base: float) -> float | None:
     return (average - base) / (full - base)
 
 
+def judge_free_mean(task: Task, scores: Mapping[str, float]) -> float:
+    """Mean over the benchmarks that need no judge; NaN where none of `scores` is of one."""
+    values = [scores[name] for name in task.judge_free if name in scores]
+    return sum(values) / len(values) if values else math.nan
+
+
 def visible(entry: Iteration) -> dict[str, Any]:
     """An iteration as an agent may see it: feedback scores only."""
     return {
@@ -81,18 +88,21 @@ def visible(entry: Iteration) -> dict[str, Any]:
 def feedback_table(task: Task, history: Sequence[Iteration], best: int) -> str:
     """Scores of every iteration as a plain table, the newest last, the best marked."""
     names = task.benchmarks
-    rows = [("", *names, "average", "rows", "tokens")]
+    rows = [("", *names, "average", "judge-free", "rows", "tokens")]
     for entry in history:
         if entry.scores is None:
-            rows.append((f"{entry.number}", *["-"] * len(names), f"({entry.error})", "", ""))
+            rows.append((f"{entry.number}", *["-"] * len(names), f"({entry.error})", "", "", ""))
             continue
         label = f"{entry.number}{'*' if entry.number == best else ''}{' base' if entry.number == 0 else ''}"
         cells = [f"{entry.scores[name]:.1f}" for name in names]
         size = (f"{entry.n_rows}", f"{entry.n_supervised_tokens}") if entry.number else ("", "")
-        rows.append((label, *cells, f"{entry.average:.2f}", *size))
+        rows.append((label, *cells, f"{entry.average:.2f}", f"{judge_free_mean(task, entry.scores):.2f}", *size))
     columns = list(zip(*rows, strict=True))
     widths = [max(len(cell) for cell in column) for column in columns[1:]]
-    lines = [f"feedback after iteration {history[-1].number} of {task.iterations} (percent; * best so far)"]
+    lines = [
+        f"feedback after iteration {history[-1].number} of {task.iterations} "
+        "(percent; * best so far; judge-free: the mean of what no judge grades)"
+    ]
     lines += [
         "  ".join([f"{row[0]:<8}", *(f"{cell:>{w}}" for cell, w in zip(row[1:], widths, strict=True))]) for row in rows
     ]

@@ -49,6 +49,8 @@ STAGE_SECONDS = 600.0  # whatever its size: files, models, a judge that is asked
 SECONDS_PER_ROW = {
     "train": 0.5,  # of a row in an epoch
     "evaluate": 1.0,  # of an item (its `cost` in the suite)
+    "answer": 1.0,  # of an item, with no judge
+    "grade": 1.0,  # of an item, by the judge alone
     "signal": 0.1,  # of a row of the pool
     "device": 0.0,
 }
@@ -174,8 +176,9 @@ class Pipeline:
     def base(self, on_progress: Progress | None = None) -> Outcome:
         """Score the init itself: iteration 0."""
         started = time.monotonic()
-        result = self._cached_or("base", 0, lambda out: self._evaluate(self.assets.student, out, on_progress))
-        seconds = {"evaluate": time.monotonic() - started}
+        seconds: dict[str, float] = {}
+        result = self._cached_or("base", 0, lambda out: self._evaluate(self.assets.student, out, on_progress, seconds))
+        seconds = seconds or {"evaluate": time.monotonic() - started}  # read from the cache
         return Outcome(result.scores, {}, 0, 0, {}, result.files, seconds, result.cached)
 
     def check(self, submission: Submission) -> tuple[Validated, Certificate]:
@@ -228,8 +231,7 @@ class Pipeline:
     ) -> _Result:
         def make(out: Path) -> None:
             self._train(submission, seed, out, on_progress, seconds)
-            with _timed(seconds, "evaluate"):
-                self._evaluate(out / "checkpoint", out, on_progress)
+            self._evaluate(out / "checkpoint", out, on_progress, seconds)
             shutil.rmtree(out / "checkpoint")
 
         return self._cached_or(submission.digest, seed, make)
@@ -335,22 +337,26 @@ class Pipeline:
         if trained != out / "checkpoint":
             trained.rename(out / "checkpoint")
 
-    def _evaluate(self, checkpoint: Path, out: Path, on_progress: Progress | None) -> None:
-        suite = self.task.suite_config
-
-        def payload() -> dict[str, Any]:
-            return {
-                "checkpoint": str(checkpoint),
-                "recipe": self.task.recipe_config,
-                "suite": suite,
-                "suite_dir": str(self.assets.suite),
-                "judge": self.judge.endpoint(suite) if self.judge is not None else None,
-                "device": self.device,
-                "out": str(out),
-            }
-
+    def _evaluate(self, checkpoint: Path, out: Path, on_progress: Progress | None, seconds: dict[str, float]) -> None:
+        """Score a checkpoint; a judge of the user's gets a stage of its own, after the student has left the GPU."""
+        suite, judge = self.task.suite_config, self.judge
+        common = {"suite": suite, "suite_dir": str(self.assets.suite), "out": str(out)}
+        student = {"checkpoint": str(checkpoint), "recipe": self.task.recipe_config, "device": self.device}
         items = sum(benchmark["cost"] for benchmark in suite["benchmarks"].values())
-        result = self._run("evaluate", payload, items, on_progress)
+
+        def asking() -> dict[str, Any]:
+            return {**common, "judge": judge.endpoint(suite) if judge is not None else None}
+
+        if judge is None or (suite.get("judge") or {}).get("kind") != "endpoint":
+            with _timed(seconds, "evaluate"):
+                result = self._run("evaluate", lambda: {**asking(), **student}, items, on_progress)
+        else:
+            # One that is there already is probed before anything is generated.
+            there = (lambda: {**common, **student}) if judge.is_local else (lambda: {**asking(), **student})
+            with _timed(seconds, "evaluate"):
+                self._run("answer", there, items, on_progress)
+            with _timed(seconds, "judge"), judge.serving():
+                result = self._run("grade", asking, items, on_progress)
         scores = _checked_scores(result, self.task)
         (out / "scores.json").write_bytes((canonical_json(scores.to_json()) + "\n").encode())
 
@@ -403,8 +409,8 @@ class Pipeline:
         return result
 
 
-#: What is kept of a run; `judge.jsonl` is the record of what the judge was asked and said.
-_RESULT_FILES = ("scores.json", "predictions.jsonl", "judge.jsonl", "training.jsonl")
+#: What is kept of a run; `judge.jsonl` is the record of what the judge was asked and said, `judge.json` its version.
+_RESULT_FILES = ("scores.json", "predictions.jsonl", "judge.jsonl", "judge.json", "training.jsonl")
 
 
 class _Result(NamedTuple):

@@ -187,7 +187,16 @@ class Task(_Strict):
 
     @property
     def suite_config(self) -> dict[str, Any]:
-        return _yaml("suite", self.suite)
+        from curation_env.evaluation.wording import resolved
+
+        return resolved(_yaml("suite", self.suite))
+
+    @property
+    def suite_title(self) -> str:
+        """The displayed version of the suite."""
+        from curation_env.evaluation.wording import title
+
+        return title(self.suite_config)
 
     @property
     def audit_config(self) -> dict[str, Any]:
@@ -196,6 +205,11 @@ class Task(_Strict):
     @functools.cached_property
     def benchmarks(self) -> list[str]:
         return list(self.suite_config["benchmarks"])
+
+    @functools.cached_property
+    def judge_free(self) -> list[str]:
+        """The benchmarks that rules alone grade; a judge may drift, these can't."""
+        return [name for name, benchmark in self.suite_config["benchmarks"].items() if not benchmark["judge"]]
 
     @property
     def training_seeds(self) -> list[int]:

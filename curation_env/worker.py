@@ -102,14 +102,18 @@ def run_stage(name: str, payload: dict[str, Any], on_progress: Progress) -> dict
 
         recipe = Recipe.model_validate(payload["recipe"])
         return train(**{**payload, "recipe": recipe}, on_progress=on_progress)
-    if name == "evaluate":
+    if name in ("evaluate", "answer", "grade"):
+        from curation_env.evaluation import run
         from curation_env.evaluation.judge import Endpoint
-        from curation_env.evaluation.run import evaluate
         from curation_env.evaluation.suite import Suite
 
-        recipe, suite = Recipe.model_validate(payload["recipe"]), Suite.model_validate(payload["suite"])
-        judge = Endpoint(**payload["judge"]) if payload.get("judge") else None
-        return evaluate(**{**payload, "recipe": recipe, "suite": suite, "judge": judge}, on_progress=on_progress)
+        known: dict[str, Any] = {"suite": Suite.model_validate(payload["suite"])}
+        known["judge"] = Endpoint(**payload["judge"]) if payload.get("judge") else None
+        if name == "grade":
+            return run.grade(**{**payload, **known}, on_progress=on_progress)
+        known["recipe"] = Recipe.model_validate(payload["recipe"])
+        half = run.answer if name == "answer" else run.evaluate
+        return half(**{**payload, **known}, on_progress=on_progress)
     if name == "signal":
         from curation_env.training.signals import signal_stage
 

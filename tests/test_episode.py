@@ -366,6 +366,8 @@ def test_details_are_on_the_items_that_scores_are_on(nano, tmp_path, shown):
         assert (folder / "items-000.json").exists() == (detail == "items")
     told = json.loads((folder / "items-000.json").read_text())
     assert [item["item"] for item in told] == [item_name(item["benchmark"], item["index"]) for item in seen]
+    assert [item["output"] for item in told] == [item["prediction"] for item in seen]
+    assert {key for item in told for key in item} == {"item", "benchmark", "category", "output", "score"}
     for name, table in record["categories"].items():
         assert set(table) == {item["category"] for item in seen if item["benchmark"] == name and item["category"]}
     if shown == "all":

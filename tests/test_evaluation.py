@@ -15,13 +15,14 @@ import torch
 from evaluation_support import SUITE, make_suite, toy_tables
 from training_support import make_init, make_pool, make_rows
 
+import curation_env.evaluation.run as halves
 from curation_env.errors import JudgeUnavailable, MissingAssets, StageFailed
 from curation_env.evaluation import static
 from curation_env.evaluation.generate import Prompt, batches, generate
 from curation_env.evaluation.judge import Endpoint
 from curation_env.evaluation.run import evaluate, jackknife_variance
 from curation_env.evaluation.scorers import Grade, make_scorer
-from curation_env.evaluation.suite import Item, Suite, read_items, read_suite
+from curation_env.evaluation.suite import Item, JudgeSpec, Suite, read_items, read_suite
 from curation_env.mini.judge import MODEL, JudgeServer, serve
 from curation_env.pool import Pool
 from curation_env.training.data import Encoder, image_key
@@ -157,6 +158,39 @@ def test_no_judge_is_an_error_before_anything_is_generated(
     assert not (tmp_path / "predictions.jsonl").exists()
 
 
+def test_two_stages_give_what_one_gives(
+    checkpoint: Path, suite: Suite, folder: Path, server: JudgeServer, tmp_path: Path
+) -> None:
+    whole = run(checkpoint, suite, folder / "suite", server, tmp_path / "whole")
+    judge, out = Endpoint(server.url, MODEL, ""), tmp_path / "halves"
+    common: dict[str, Any] = {"suite": suite, "suite_dir": folder / "suite", "out": out}
+    first = halves.answer(checkpoint=checkpoint, recipe=RECIPE, device="cpu", **common)
+    assert set(first["seconds"]) == {"load", "generate"}
+    second = halves.grade(judge=judge, **common)
+    assert {key: second[key] for key in ("scores", "stderr", "categories", "n")} == {
+        key: whole[key] for key in ("scores", "stderr", "categories", "n")
+    }
+    for name in ("predictions.jsonl", "judge.jsonl"):
+        assert (tmp_path / "whole" / name).read_bytes() == (out / name).read_bytes()
+    assert not (out / "judge.json").exists()  # the built-in judge is a part of this package
+    with pytest.raises(JudgeUnavailable, match="does not serve"):  # probed before anything is generated
+        halves.answer(checkpoint=tmp_path / "none", recipe=RECIPE, judge=judge._replace(model="other"), **common)
+    with pytest.raises(StageFailed, match="no answers to grade"):
+        halves.grade(judge=judge, **{**common, "out": tmp_path})
+
+
+def test_an_endpoint_is_asked_as_the_suite_says_and_recorded(
+    checkpoint: Path, suite: Suite, folder: Path, server: JudgeServer, tmp_path: Path
+) -> None:
+    spec = JudgeSpec(kind="endpoint", model=MODEL)
+    other = suite.model_copy(update={"judge": spec, "spreadsheets": True})
+    found = run(checkpoint, other, folder / "suite", server, tmp_path)
+    assert found["scores"]["all"].keys() == SUITE["benchmarks"].keys()
+    assert json.loads((tmp_path / "judge.json").read_text()) == {
+        "suite": "toy", "id": MODEL, "owned_by": "curation-env", "answers_as": MODEL, "fingerprints": []
+    }  # fmt: skip
+
+
 def test_one_prompt_alone_is_answered_as_among_others(checkpoint: Path, suite: Suite, folder: Path) -> None:
     encoder = Encoder.load(checkpoint, RECIPE)
     student = Student.load(checkpoint, RECIPE, CPU, attention="sdpa")
@@ -221,17 +255,18 @@ def test_items_are_read_as_vlmevalkit_reads_them(tmp_path: Path) -> None:
         f"1\t{long}\tq1\tone\tNone\t3.0\tA\t\n"
         "2\t1\tq2\tx\ty\t\tB\tlook\n"
         f"3\t\"['{long}', '{long}']\"\tq3\t\t\t\t7\t\n"
-        "4\t\tq4\ta\tb\t\tA\t\n"
+        "4\t\tq4\ta\tb\t\tA\t\n"  # no image: no item
     )
     (tmp_path / "T.tsv").write_text(table)
-    first, second, third, fourth = read_items(tmp_path / "T.tsv", "T")
-    assert first.options == {"A": "one", "C": "3.0"}  # "None" reads as missing, numbers stay as written
+    first, second, third = read_items(tmp_path / "T.tsv", "T")
+    assert first.options == {"A": "one", "C": "3.0"}  # "None" reads as missing
     assert first.images == second.images != ()
     assert second.prompt("choice").startswith("look\nq2\nA. x\nB. y\nAnswer with")
     assert second.prompt("open") == "q2"
     assert (len(third.images), third.options) == (2, {})
     assert third.prompt("choice") == "q3\nAnswer the question directly."
-    assert fourth.images == ()
+    (tmp_path / "T.tsv").write_text("index\tquestion\tA\tanswer\n1\tq1\ta\tA\n")
+    assert read_items(tmp_path / "T.tsv", "T")[0].images == ()
 
 
 @pytest.mark.parametrize(

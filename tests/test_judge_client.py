@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,6 +68,7 @@ def test_every_rule_is_answered_by_the_miniatures_judge(real: Endpoint) -> None:
     assert [answer.splitlines()[0] for answer in answers] == ["1.0", "0.5", "9 9", "3", "0.5"]
     assert seen == [(k, 4) for k in range(1, 5)]
     assert client.log == {request.message: answer for request, answer in zip(requests, answers, strict=False)}
+    assert client.version == {"id": MODEL, "owned_by": "curation-env", "answers_as": MODEL}
 
 
 def test_a_wrong_key_is_no_reason_to_ask_again(real: Endpoint) -> None:
@@ -314,6 +316,64 @@ def test_what_is_sent(server: Misbehaving) -> None:
     assert [body["messages"] for body in server.bodies] == [[{"role": "user", "content": "grüße\n{}"}]] * 3
     assert [body["model"] for body in server.bodies] == ["m"] * 3
     assert [body["temperature"] for body in server.bodies] == [0, 0.5, 1]  # the first answer is the greedy one
+
+
+def test_system_message_limits_and_the_suites_own_fields_are_sent(server: Misbehaving) -> None:
+    endpoint = server.endpoint._replace(body={"chat_template_kwargs": {"enable_thinking": False}})
+    server.script = [says("no"), says("1")]
+    with JudgeClient(endpoint, WAIT) as client:
+        client.ask([question("q")._replace(system="be fair", temperature=0.2, max_tokens=128)])
+    assert [body["messages"][0] for body in server.bodies] == [{"role": "system", "content": "be fair"}] * 2
+    assert [body["temperature"] for body in server.bodies] == [0.2, 0.7]
+    assert {body["max_tokens"] for body in server.bodies} == {128}
+    assert all(body["chat_template_kwargs"] == {"enable_thinking": False} for body in server.bodies)
+
+
+def reply(model: str, fingerprint: str) -> Reply:
+    choices = [{"message": {"role": "assistant", "content": "1"}}]
+    return sends(200, {"model": model, "system_fingerprint": fingerprint, "choices": choices})
+
+
+def test_the_version_of_the_judge_is_kept(server: Misbehaving, client: JudgeClient) -> None:
+    entry = {"id": "m", "owned_by": "vllm", "max_model_len": 4096, "created": 1_700_000_000, "root": "/models/m"}
+    server.listing = sends(200, {"data": [{"id": "other"}, entry]})
+    server.script = [reply("m-2026", "fp_2"), reply("m-2026", "fp_1")]
+    client.probe(question("p"))
+    client.ask([question("q")])
+    assert client.version == {"id": "m", "owned_by": "vllm", "max_model_len": 4096, "answers_as": "m-2026"}
+    assert client.fingerprints == ["fp_1", "fp_2"]
+
+
+def test_a_judge_that_becomes_another_is_no_judge(server: Misbehaving, client: JudgeClient) -> None:
+    server.script = [reply("m-1", ""), reply("m-2", "")]
+    client.probe(question("p"))
+    with pytest.raises(JudgeUnavailable, match="answers as 'm-2' now, and as 'm-1' before"):
+        client.ask([question("q")])
+
+
+def test_what_was_answered_before_a_failure_is_not_asked_again(server: Misbehaving, tmp_path: Path) -> None:
+    journal = tmp_path / "journal.jsonl"
+
+    def gives_out(handler: Handler) -> None:
+        text = handler.body["messages"][0]["content"]
+        (says(text) if text < "5" else sends(403, {"error": "no more"}))(handler)
+
+    server.script = [gives_out]
+    texts = [str(k) for k in range(10)]
+    for text in texts[:5]:
+        with JudgeClient(server.endpoint, WAIT, journal) as client:
+            client.ask([question(text)])
+    with JudgeClient(server.endpoint, WAIT, journal) as client, pytest.raises(JudgeUnavailable, match="no more"):
+        client.ask([question(text) for text in texts])
+    with journal.open("a") as file:
+        file.write('{"request": "9", "ans')  # killed while it wrote
+    server.bodies.clear()
+    server.script = [lambda handler: says(handler.body["messages"][0]["content"])(handler)]
+    with JudgeClient(server.endpoint, WAIT, journal) as client:
+        assert client.ask([question(text) for text in texts]) == texts
+    assert sorted(body["messages"][0]["content"] for body in server.bodies) == texts[5:]
+    with JudgeClient(server.endpoint, WAIT, journal) as client:
+        assert client.log == dict(zip(texts, texts, strict=True))
 
 
 def test_equal_messages_are_asked_once_and_answers_keep_their_order(server: Misbehaving, client: JudgeClient) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 
 import pytest
@@ -10,7 +11,8 @@ from rich.console import Console
 
 from curation_env import task as task_module
 from curation_env.errors import InvalidSetting
-from curation_env.feedback import feedback_table, gain_recovered
+from curation_env.feedback import feedback_table, gain_recovered, judge_free_mean
+from curation_env.report.sealed import sealed_table
 from curation_env.report.table import run_table, save_plot
 from curation_env.runs import Run
 from curation_env.state import Iteration, State
@@ -104,3 +106,21 @@ def test_the_table_shows_random_and_full_where_they_are_known(referenced, tmp_pa
     unknown = printed(run_table(run_of(Task.load("nano", rows=50), tmp_path)))
     assert "random" not in unknown.partition("*")[0]
     assert "%" not in unknown
+
+
+def test_the_mean_of_what_no_judge_grades_stands_beside_the_mean(tmp_path):
+    task = Task.load("nano")
+    judged = {"MiniLLaVABench", "MiniMMVet", "MiniMathVista"}
+    assert set(task.benchmarks) - set(task.judge_free) == judged
+    scores = {name: 7.0 if name in judged else 47.0 for name in task.benchmarks}
+    history = [Iteration(0, scores, 32.0, 1.0)]
+    table = printed(run_table(Run(tmp_path, task, State(0, history=history), [])))
+    assert "judge-free" in table
+    assert "Suite: mini-v1." in " ".join(table.split())
+    [base] = [line for line in table.splitlines() if "0 base" in line]
+    assert "32.00 │      47.00 │ 1.00" in base
+    assert feedback_table(task, history, 0).splitlines()[2].split()[-2:] == ["32.00", "47.00"]
+    row = {"iteration": 0, "feedback": 32.0, "sealed": 12.0, "judge_free": 13.5, "scores": {"MiniOCR": 12.0}}
+    opened = {"task": "nano", "openings": 1, "nominee": 0, "iterations": [row]}
+    assert "12.00 │      13.50 │         32.00" in printed(sealed_table(opened))
+    assert math.isnan(judge_free_mean(task, {"MiniMMVet": 7.0}))

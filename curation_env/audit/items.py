@@ -45,7 +45,9 @@ def read_items(suite: Mapping[str, Any], folder: Path) -> list[Item]:
     """
     found: list[Item] = []
     for benchmark, path in suite_files(suite, folder).items():
-        for item in evaluation.read_items(path, benchmark):
+        spec = suite["benchmarks"][benchmark]
+        public = {key: spec.get(key) for key in ("split", "md5", "url")}
+        for item in evaluation.read_items(path, benchmark, **public):
             number = len(found)
             found.append(Item(number, benchmark, item.index, _text(number, item), item.images))
     return found

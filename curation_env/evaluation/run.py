@@ -1,42 +1,61 @@
-"""The evaluation stage: prompts, greedy answers, grades, scores in percent for each part of the items."""
+"""The evaluation: prompts, greedy answers, grades, scores in percent for each part of the items.
+
+It is one stage, `evaluate`, or two, `answer` and `grade`, between which the student leaves the GPU for a judge.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
 import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from curation_env.errors import JudgeUnavailable, StageFailed
 from curation_env.evaluation.generate import Prompt, generate, suite_features
 from curation_env.evaluation.judge import Endpoint, JudgeClient
 from curation_env.evaluation.scorers import Grade, JudgeRequest, Scorer, make_scorer
+from curation_env.evaluation.spreadsheet import read_back
 from curation_env.evaluation.suite import Item, Part, Suite, fingerprint, read_split, read_suite
+from curation_env.evaluation.wording import Wording, title
 from curation_env.training.data import Encoder, image_key
+from curation_env.training.images import StreamedFeatures
 from curation_env.training.model import Features, Student, resolve_device
 from curation_env.training.recipe import Recipe
 
 Progress = Callable[[dict[str, Any]], None]
 BLOCKS = 20  # of item groups, for the jackknife
 PROBE = Item("probe", "0", "What is shown?", "a cat", "", (), {}, {"gpt4_ans": "a cat"})
+ANSWERS = "answers.json"  # what `answer` leaves for `grade`
+JOURNAL = "judge-journal.jsonl"  # what a `grade` that failed leaves for the next
+
+
+@dataclass(frozen=True)
+class Items:
+    """A suite's items with their split, in the order in which answers are kept."""
+
+    rows: dict[str, list[Item]]
+    split: dict[str, dict[str, tuple[Part, str]]]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What evaluating any checkpoint of a student needs again: items, their split and prompts."""
+    """What evaluating any checkpoint of a student needs again: prompts and images of a suite's items."""
 
-    items: dict[str, list[Item]]
-    split: dict[str, dict[str, tuple[Part, str]]]
     prompts: list[Prompt]
     images: dict[bytes, bytes | None]
 
 
-_prepared: dict[str, Prepared] = {}  # the last suite, by what it is made of
+_items: dict[str, Items] = {}  # the last suite's, by what it is made of
+_prepared: dict[str, Prepared] = {}  # the same for the last student
 _features: dict[tuple[str, bytes, str], Features] = {}  # its features, by suite, tower weights and device
 
 
@@ -56,107 +75,231 @@ def evaluate(
     Returns:
         `scores` (percent by part "feedback", "sealed", "all" and benchmark), `stderr` (of each part's mean, in points),
         `categories` (percent by benchmark and category, feedback items), `n` (items by part and benchmark), `seconds`.
-        `out/predictions.jsonl` holds every item's prediction and grade, `out/judge.jsonl` what the judge was asked.
+        `out/predictions.jsonl` holds every item's prediction and grade, `out/judge.jsonl` what the judge was asked, and
+        `out/judge.json` which judge an endpoint of the user's was.
 
     Raises:
         MissingAssets: Checkpoint, benchmark or split is missing.
+        TaskMismatch: A benchmark's file is not the public one.
         JudgeUnavailable: The suite needs a judge and there is none, or it fails.
         StageFailed: An item has no prediction, or a file is malformed.
     """
-    clock = time.perf_counter
-    mark, seconds = clock(), {}
     report = on_progress or (lambda event: None)
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    seconds: dict[str, float] = {}
+    with _probed(suite, judge) as client:
+        items, texts = _answers(checkpoint, recipe, suite, suite_dir, device, report, seconds)
+        return _grade(client, judge, suite, items, texts, Path(out), report, seconds)
 
-    def progress(stage: str, unit: str) -> Callable[[int, int], None]:
-        since = clock()
 
-        def tell(done: int, total: int) -> None:
-            left = (clock() - since) / max(1, done) * (total - done)
-            report({"stage": stage, "done": done, "total": total, "unit": unit, "seconds_left": round(left, 2)})
+def answer(
+    *,
+    checkpoint: str | Path,
+    recipe: Recipe,
+    suite: Suite,
+    suite_dir: str | Path,
+    out: str | Path,
+    judge: Endpoint | None = None,
+    device: str = "auto",
+    on_progress: Progress | None = None,
+) -> dict[str, Any]:
+    """The first half of `evaluate`: write the student's answers to `out` and leave the device to others.
 
-        return tell
+    Args:
+        judge: Probed before anything is generated; None where it is started afterwards.
 
-    client = _open_judge(suite, judge)
+    Returns:
+        `seconds`.
+
+    Raises:
+        MissingAssets, TaskMismatch, JudgeUnavailable, StageFailed: As `evaluate`.
+    """
+    if judge is not None:
+        with _probed(suite, judge):
+            pass
+    seconds: dict[str, float] = {}
+    report = on_progress or (lambda event: None)
+    _, texts = _answers(checkpoint, recipe, suite, suite_dir, device, report, seconds)
+    _features.clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    Path(out).mkdir(parents=True, exist_ok=True)
+    (Path(out) / ANSWERS).write_text(json.dumps(texts))
+    return {"seconds": seconds}
+
+
+def grade(
+    *,
+    suite: Suite,
+    suite_dir: str | Path,
+    out: str | Path,
+    judge: Endpoint | None = None,
+    on_progress: Progress | None = None,
+) -> dict[str, Any]:
+    """The second half of `evaluate`: grade what `answer` left in `out`; needs no student and no GPU.
+
+    One that failed goes on where it was when it is called again: what the judge has answered is not asked again.
+
+    Returns:
+        As `evaluate`.
+
+    Raises:
+        MissingAssets, TaskMismatch, JudgeUnavailable, StageFailed: As `evaluate`.
+    """
     try:
-        encoder = Encoder.load(checkpoint, recipe)
-        student = Student.load(checkpoint, recipe, resolve_device(device), attention="sdpa")
-        key, prepared = _prepare(encoder, suite, suite_dir, checkpoint)
-        place = (key, student.tower_digest(), str(student.device))
-        features = _features.get(place)
-        if features is None:
-            _features.clear()
-            features = suite_features(student, encoder, prepared.prompts, prepared.images, progress("images", "images"))
-            if isinstance(features, dict):
-                _features[place] = features
-        seconds["load"], mark = clock() - mark, clock()
+        texts = json.loads((Path(out) / ANSWERS).read_text())
+    except (OSError, ValueError) as error:
+        raise StageFailed(f"no answers to grade in {out}: {error}") from error
+    with _probed(suite, judge, Path(out) / JOURNAL) as client:
+        items = _read(suite, suite_dir)[1]
+        return _grade(client, judge, suite, items, texts, Path(out), on_progress or (lambda event: None), {})
 
+
+def _answers(
+    checkpoint: str | Path,
+    recipe: Recipe,
+    suite: Suite,
+    suite_dir: str | Path,
+    device: str,
+    report: Progress,
+    seconds: dict[str, float],
+) -> tuple[Items, list[str]]:
+    """Load the student and generate its answers, in the order of the items."""
+    mark = time.perf_counter()
+    encoder = Encoder.load(checkpoint, recipe)
+    student = Student.load(checkpoint, recipe, resolve_device(device), attention="sdpa")
+    key, items, prepared = _prepare(encoder, suite, suite_dir, checkpoint)
+    place = (key, student.tower_digest(), str(student.device))
+    features = _features.get(place)
+    if features is None:
+        _features.clear()
+        told = _progress(report, "images", "images")
+        features = suite_features(student, encoder, prepared.prompts, prepared.images, told)
+        if isinstance(features, dict):
+            _features[place] = features
+    seconds["load"], mark = round(time.perf_counter() - mark, 4), time.perf_counter()
+    with features if isinstance(features, StreamedFeatures) else contextlib.nullcontext():
         answers = generate(
             student,
             prepared.prompts,
             features,
             end_token=encoder.end_token,
             stop_tokens=encoder.stop_tokens,
-            on_progress=progress("evaluate", "questions"),
+            on_progress=_progress(report, "evaluate", "questions"),
         )
-        texts = [text.strip() for text in encoder.tokenizer.batch_decode(answers, skip_special_tokens=True)]
-        seconds["generate"], mark = clock() - mark, clock()
+    texts = [text.strip() for text in encoder.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+    seconds["generate"] = round(time.perf_counter() - mark, 4)
+    return items, texts
 
-        predictions = _by_item(prepared.items, texts)
-        verdicts = _ask(client, suite, prepared.items, predictions, progress("judge", "answers"))
-        seconds["judge"], mark = clock() - mark, clock()
-    finally:
-        if client is not None:
-            client.__exit__()
-    result = _score(suite, prepared, predictions, verdicts, out)
+
+def _grade(
+    client: JudgeClient | None,
+    judge: Endpoint | None,
+    suite: Suite,
+    items: Items,
+    texts: list[str],
+    out: Path,
+    report: Progress,
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """Ask the judge, grade and score; write what is kept."""
+    mark = time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
+    predictions = _by_item(items.rows, texts)
+    heard = {name: read_back(said) for name, said in predictions.items()} if suite.spreadsheets else predictions
+    scorers = _scorers(suite, judge)
+    requests = _requests(suite, scorers, items.rows, heard)
+    verdicts: dict[str, list[str | None]] = {name: [None] * len(rows) for name, rows in items.rows.items()}
+    if requests:
+        if client is None:
+            raise StageFailed(f"{next(iter(requests))[0]} needs a judge, but its suite entry says `judge: false`")
+        said = client.ask(list(requests.values()), _progress(report, "judge", "answers"))
+        for (name, k), verdict in zip(requests, read_back(said) if suite.spreadsheets else said, strict=True):
+            verdicts[name][k] = verdict
+    seconds["judge"], mark = round(time.perf_counter() - mark, 4), time.perf_counter()
+    result = _score(suite, scorers, items, predictions, heard, verdicts, out)
     if client is not None:
-        lines = [json.dumps({"request": k, "answer": client.log[k]}, ensure_ascii=False) for k in sorted(client.log)]
-        (out / "judge.jsonl").write_text("".join(f"{line}\n" for line in lines))
-    seconds["score"] = clock() - mark
-    return result | {"seconds": {name: round(value, 4) for name, value in seconds.items()}}
+        systems = {request.message: request.system for request in requests.values() if request.system}
+        kept = [
+            {**({"system": systems[k]} if k in systems else {}), "request": k, "answer": client.log[k]}
+            for k in sorted(client.log)
+        ]
+        (out / "judge.jsonl").write_text("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in kept))
+        if suite.judge is not None and suite.judge.kind == "endpoint":
+            record = {"suite": title(suite.model_dump()), **client.version, "fingerprints": client.fingerprints}
+            (out / "judge.json").write_text(json.dumps(record, indent=1, sort_keys=True))
+    seconds["score"] = round(time.perf_counter() - mark, 4)
+    return result | {"seconds": seconds}
 
 
-def _open_judge(suite: Suite, endpoint: Endpoint | None) -> JudgeClient | None:
-    """Return a probed client where the suite needs a judge: a dead one is found before anything is generated."""
-    judged = [benchmark for benchmark in suite.benchmarks.values() if benchmark.judge]
-    if not judged:
-        return None
+def _progress(report: Progress, stage: str, unit: str) -> Callable[[int, int], None]:
+    since = time.perf_counter()
+
+    def tell(done: int, total: int) -> None:
+        left = (time.perf_counter() - since) / max(1, done) * (total - done)
+        report({"stage": stage, "done": done, "total": total, "unit": unit, "seconds_left": round(left, 2)})
+
+    return tell
+
+
+def _scorers(suite: Suite, judge: Endpoint | None) -> dict[str, Scorer]:
+    """The rule of every benchmark, by its name."""
+    prompts = suite.judge.prompts if suite.judge is not None else None
+    wording = None
+    if prompts is not None and prompts.source == "vlmevalkit":
+        wording = Wording(judge.vlmevalkit if judge is not None else "", prompts.commit, prompts.files)
+    return {name: make_scorer(benchmark.scorer, wording) for name, benchmark in suite.benchmarks.items()}
+
+
+@contextlib.contextmanager
+def _probed(suite: Suite, endpoint: Endpoint | None, journal: Path | None = None) -> Iterator[JudgeClient | None]:
+    """A probed client where the suite needs a judge: a dead one is found before anything is generated."""
+    if not any(benchmark.judge for benchmark in suite.benchmarks.values()):
+        yield None
+        return
     if endpoint is None:
         raise JudgeUnavailable(f"suite {suite.name} has open answers to grade and no judge endpoint was given")
-    client = JudgeClient(endpoint)
     request = make_scorer("mmvet").ask(PROBE, "a cat")
     assert request is not None
-    try:
+    with JudgeClient(endpoint, journal=journal) as client:
         client.probe(request)
-    except BaseException:
-        client.__exit__()
-        raise
-    return client
+        yield client
 
 
-def _prepare(encoder: Encoder, suite: Suite, suite_dir: str | Path, checkpoint: str | Path) -> tuple[str, Prepared]:
+def _read(suite: Suite, suite_dir: str | Path) -> tuple[str, Items]:
+    """Read a suite, or take it from the last evaluation when no file has changed."""
+    split_file = Path(suite_dir) / "split.json"
+    split_time = str(split_file.stat().st_mtime_ns) if split_file.is_file() else ""
+    key = hashlib.sha256(json.dumps([fingerprint(suite_dir, suite), split_time]).encode()).hexdigest()
+    if key not in _items:
+        rows = read_suite(suite_dir, suite)
+        items = Items(rows, read_split(suite_dir, rows))
+        _items.clear()
+        _items[key] = items
+    return key, _items[key]
+
+
+def _prepare(
+    encoder: Encoder, suite: Suite, suite_dir: str | Path, checkpoint: str | Path
+) -> tuple[str, Items, Prepared]:
     """Read and tokenize a suite, or take it from the last evaluation when nothing that it depends on has changed."""
     tokenizer = b"".join(p.read_bytes() for p in sorted(Path(checkpoint).glob("*.json")) if p.name != "config.json")
-    identity = [fingerprint(suite_dir, suite), encoder.recipe.hash, hashlib.sha256(tokenizer).hexdigest()]
-    split_file = Path(suite_dir) / "split.json"
-    identity.append(str(split_file.stat().st_mtime_ns) if split_file.is_file() else "")
+    made_of, items = _read(suite, suite_dir)
+    identity = [made_of, encoder.recipe.hash, hashlib.sha256(tokenizer).hexdigest()]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     if key not in _prepared:
-        items = read_suite(suite_dir, suite)
         prompts: list[Prompt] = []
         images: dict[bytes, bytes | None] = {}
-        for name, rows in items.items():
+        for name, rows in items.rows.items():
             benchmark = suite.benchmarks[name]
             for item in rows:
                 keys = tuple(image_key(data) for data in item.images)
                 images.update(zip(keys, item.images, strict=True))
                 tokens, positions = encoder.prompt(item.prompt(benchmark.prompt), item.images)
                 prompts.append(Prompt(tokens, keys, benchmark.max_new_tokens, positions))
-        prepared = Prepared(items, read_split(suite_dir, items), prompts, images)
         _prepared.clear()
-        _prepared[key] = prepared
-    return key, _prepared[key]
+        _prepared[key] = Prepared(prompts, images)
+    return key, items, _prepared[key]
 
 
 def _by_item(items: dict[str, list[Item]], texts: list[str]) -> dict[str, list[str]]:
@@ -171,36 +314,25 @@ def _by_item(items: dict[str, list[Item]], texts: list[str]) -> dict[str, list[s
     return shared
 
 
-def _ask(
-    client: JudgeClient | None,
-    suite: Suite,
-    items: dict[str, list[Item]],
-    predictions: dict[str, list[str]],
-    on_progress: Callable[[int, int], None],
-) -> dict[str, list[str | None]]:
-    """Return the judge's verdict on every item that needs one, all benchmarks in one go."""
-    places: list[tuple[str, int]] = []
-    requests: list[JudgeRequest] = []
-    verdicts: dict[str, list[str | None]] = {name: [None] * len(rows) for name, rows in items.items()}
+def _requests(
+    suite: Suite, scorers: dict[str, Scorer], items: dict[str, list[Item]], heard: dict[str, list[str]]
+) -> dict[tuple[str, int], JudgeRequest]:
+    """What the judge is asked, by benchmark and place of the item."""
+    requests = {}
     for name, rows in items.items():
-        scorer = make_scorer(suite.benchmarks[name].scorer)
         for k, item in enumerate(rows):
-            request = scorer.ask(item, predictions[name][k])
+            request = scorers[name].ask(item, heard[name][k])
             if request is not None:
-                places.append((name, k))
-                requests.append(request)
-    if requests:
-        if client is None:
-            raise StageFailed(f"{places[0][0]} needs a judge, but its suite entry says `judge: false`")
-        for (name, k), verdict in zip(places, client.ask(requests, on_progress), strict=True):
-            verdicts[name][k] = verdict
-    return verdicts
+                requests[name, k] = request
+    return requests
 
 
 def _score(
     suite: Suite,
-    prepared: Prepared,
+    scorers: dict[str, Scorer],
+    items: Items,
     predictions: dict[str, list[str]],
+    heard: dict[str, list[str]],
     verdicts: dict[str, list[str | None]],
     out: Path,
 ) -> dict[str, Any]:
@@ -211,11 +343,11 @@ def _score(
     counts: dict[str, dict[str, int]] = {part: {} for part in parts}
     categories: dict[str, dict[str, float]] = {}
     lines = []
-    for name, rows in prepared.items.items():
-        scorer = make_scorer(suite.benchmarks[name].scorer)
-        judged = zip(rows, predictions[name], verdicts[name], strict=True)
+    for name, rows in items.rows.items():
+        scorer = scorers[name]
+        judged = zip(rows, heard[name], verdicts[name], strict=True)
         grades = [scorer.grade(item, text, verdict) for item, text, verdict in judged]
-        places = prepared.split[name]
+        places = items.split[name]
         for part in parts:
             if part == "sealed" and not suite.benchmarks[name].sealed:
                 continue

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from curation_env.feedback import judge_free_mean
 from curation_env.ledger import Ledger
 from curation_env.pipeline import Scores
 from curation_env.runs import locate, read_run
@@ -17,7 +18,7 @@ def unsealed(path: str | Path) -> dict[str, Any]:
 
     Returns:
         {"openings": how often they were opened by now, "nominee": iteration, "iterations": [{"iteration",
-        "feedback", "sealed", "scores"}]}; the means are None for a part without items.
+        "feedback", "sealed", "judge_free", "scores"}]}; the means are None for a part without items.
 
     Raises:
         NoSuchRun: There is no run at `path`.
@@ -38,6 +39,7 @@ def unsealed(path: str | Path) -> dict[str, Any]:
                 "iteration": record["iteration"],
                 "feedback": scores.mean("feedback"),
                 "sealed": scores.mean("sealed") if scores.parts["sealed"] else None,
+                "judge_free": judge_free_mean(run.task, scores.parts["sealed"]) if scores.parts["sealed"] else None,
                 "scores": dict(scores.parts["sealed"]),
                 "n_items": dict(scores.n_items["sealed"]),
             }
@@ -51,10 +53,11 @@ def sealed_table(opened: dict[str, Any]) -> Table:
     table = Table(title=f"{opened['task']}: sealed scores, percent; opened {times}", title_justify="left")
     rows = opened["iterations"]
     names = sorted({name for row in rows for name in row["scores"]})
-    for name in ("iteration", *names, "sealed mean", "feedback mean"):
+    for name in ("iteration", *names, "sealed mean", "judge-free", "feedback mean"):
         table.add_column(name.removeprefix("Mini"), justify="right")
     for row in rows:
         label = f"{row['iteration']}{' nominee' if row['iteration'] == opened['nominee'] else ''}"
-        sealed = "-" if row["sealed"] is None else f"{row['sealed']:.2f}"
-        table.add_row(label, *(f"{row['scores'][name]:.1f}" for name in names), sealed, f"{row['feedback']:.2f}")
+        sealed, free = ("-" if row[key] is None else f"{row[key]:.2f}" for key in ("sealed", "judge_free"))
+        cells = [f"{row['scores'][name]:.1f}" for name in names]
+        table.add_row(label, *cells, sealed, free, f"{row['feedback']:.2f}")
     return table

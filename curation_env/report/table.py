@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from curation_env.feedback import gain_recovered, shown_part
+from curation_env.feedback import gain_recovered, judge_free_mean, shown_part
 from curation_env.runs import Run
 
 
@@ -18,6 +18,7 @@ def run_table(run: Run) -> Table:
     for name in task.benchmarks:
         table.add_column(name.removeprefix("Mini"), justify="right")
     table.add_column("average", justify="right", style="bold")
+    table.add_column("judge-free", justify="right")
     table.add_column("+-", justify="right")
     table.add_column("gain recovered", justify="right")
     table.add_column("rows", justify="right")
@@ -29,13 +30,14 @@ def run_table(run: Run) -> Table:
         marks = ("*" if entry.number == state.best else "") + (" nominee" if entry.number == run.nominee else "")
         label = ("0 base" if entry.number == 0 else str(entry.number)) + marks
         if entry.scores is None or entry.average is None:
-            table.add_row(label, *blanks, "-", "", entry.error, "")
+            table.add_row(label, *blanks, "-", "", "", entry.error, "")
             continue
         gain = gain_recovered(task, entry.average, base)
         table.add_row(
             label,
             *(f"{entry.scores[name]:.1f}" for name in task.benchmarks),
             f"{entry.average:.2f}",
+            f"{judge_free_mean(task, entry.scores):.2f}",
             f"{entry.stderr:.2f}",
             _percent(gain),
             str(entry.n_rows) if entry.number else "",
@@ -45,12 +47,14 @@ def run_table(run: Run) -> Table:
             for name, label in (("random", "random"), ("full", "full pool")):
                 mean, sd = part[name]["mean"], part[name].get("sd")  # one run alone has no spread
                 gain = gain_recovered(task, mean, base)
-                table.add_row(
-                    label, *blanks, f"{mean:.2f}", "" if sd is None else f"{sd:.2f}", _percent(gain), "", style="dim"
-                )
+                spread = "" if sd is None else f"{sd:.2f}"
+                table.add_row(label, *blanks, f"{mean:.2f}", "", spread, _percent(gain), "", style="dim")
     best = state.history[state.best]
     assert best.average is not None
-    table.caption = f"* best: {best.average:.2f}. +- is the standard error over items (random, full: sd over runs)."
+    table.caption = (
+        f"* best: {best.average:.2f}. +- is the average's standard error over items (random, full: sd over runs). "
+        f"Judge-free: the mean of what no judge grades. Suite: {task.suite_title}."
+    )
     return table
 
 

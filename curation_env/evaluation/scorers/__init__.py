@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from curation_env.errors import StageFailed
 from curation_env.evaluation.scorers.base import Grade, JudgeRequest, Scorer
 from curation_env.evaluation.scorers.hallusion import Hallusion
@@ -11,6 +13,9 @@ from curation_env.evaluation.scorers.mcq import MultipleChoice
 from curation_env.evaluation.scorers.mmbench import MMBench
 from curation_env.evaluation.scorers.mmvet import MMVet
 from curation_env.evaluation.scorers.ocrbench import OCRBench
+
+if TYPE_CHECKING:
+    from curation_env.evaluation.wording import Wording
 
 SCORERS: dict[str, type[Scorer]] = {
     "hallusion": Hallusion,
@@ -25,12 +30,12 @@ SCORERS: dict[str, type[Scorer]] = {
 __all__ = ["SCORERS", "Grade", "JudgeRequest", "Scorer", "make_scorer"]
 
 
-def make_scorer(name: str) -> Scorer:
-    """Return the scorer of a rule.
+def make_scorer(name: str, wording: Wording | None = None) -> Scorer:
+    """Return the scorer of a rule, which asks a judge in VLMEvalKit's words where they are given.
 
     Raises:
         StageFailed: There is no such rule.
     """
     if name not in SCORERS:
         raise StageFailed(f"no scorer {name!r}: there are {', '.join(SCORERS)}")
-    return SCORERS[name]()
+    return SCORERS[name](wording)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from curation_env.evaluation.suite import Item
+
+if TYPE_CHECKING:
+    from curation_env.evaluation.wording import Wording
 
 
 class Grade(NamedTuple):
@@ -19,14 +22,30 @@ class Grade(NamedTuple):
 
 
 class JudgeRequest(NamedTuple):
-    """A question to the judge and the test that its answer must pass: one that fails is asked for again."""
+    """A question to the judge and the test that its answer must pass: one that fails is asked for again.
+
+    Attributes:
+        message: The user message. system: the system message before it, where there is one.
+        temperature: Of the first attempt.
+        max_tokens: The longest answer.
+    """
 
     message: str
     accept: Callable[[str], bool]
+    system: str = ""
+    temperature: float = 0.0
+    max_tokens: int = 2048
 
 
 class Scorer(ABC):
-    """One rule. An item is graded alone; a score may need whole units of items."""
+    """One rule. An item is graded alone; a score may need whole units of items.
+
+    Args:
+        wording: VLMEvalKit's words for the judge; ours where it is None.
+    """
+
+    def __init__(self, wording: Wording | None = None) -> None:
+        self.wording = wording
 
     def unit(self, item: Item) -> str:
         """Items of one unit are scored together, so they are never split."""

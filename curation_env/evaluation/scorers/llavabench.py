@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from curation_env.evaluation.scorers.base import Grade, JudgeRequest, Scorer, judge_message
 from curation_env.evaluation.suite import Item
 
+TEMPERATURE = 0.2  # VLMEvalKit's for this benchmark alone
 _INSTRUCTION = (
     "Two assistants answered a question about an image that the context describes. Assistant 1 gave the reference, "
     "assistant 2 the prediction. Rate how helpful, relevant, accurate and detailed each answer is, from 1 to 10. "
@@ -36,6 +37,9 @@ class LLaVABench(Scorer):
     """Relative score: the mean of the student's ratings over the mean of the reference's."""
 
     def ask(self, item: Item, prediction: str) -> JudgeRequest:
+        if self.wording is not None:
+            message, system = self.wording.message("llavabench", item, prediction), self.wording.llavabench_system
+            return JudgeRequest(message, _acceptable, system, temperature=TEMPERATURE)
         message = judge_message(
             _INSTRUCTION.format(context=item.fields.get("caption", "")),
             question=item.question,
@@ -43,7 +47,7 @@ class LLaVABench(Scorer):
             prediction=prediction,
             rule="llavabench",
         )
-        return JudgeRequest(message, _acceptable)
+        return JudgeRequest(message, _acceptable, temperature=TEMPERATURE)
 
     def grade(self, item: Item, prediction: str, verdict: str | None) -> Grade:
         scores = two_scores(verdict or "")

@@ -8,6 +8,7 @@ from curation_env.evaluation.scorers.base import Grade, JudgeRequest, Scorer, ju
 from curation_env.evaluation.scorers.mcq import infer
 from curation_env.evaluation.suite import Item
 
+MAX_TOKENS = 128  # of an answer that is read out
 _INSTRUCTION = (
     "Read the final answer out of a response to a question. Reply with that answer and nothing else: the letter of an "
     "option where the question has options, a number in the form that the question asks for, a list in brackets where "
@@ -49,10 +50,13 @@ class MathVista(Scorer):
     def ask(self, item: Item, prediction: str) -> JudgeRequest | None:
         if self._settled(item, prediction):
             return None
-        message = judge_message(  # no reference: who reads an answer out must not know the right one
-            _INSTRUCTION, question=item.question, reference="", prediction=prediction, rule="mathvista"
-        )
-        return JudgeRequest(message, lambda text: True)
+        if self.wording is not None:
+            message = self.wording.message("mathvista", item, prediction)
+        else:  # no reference: who reads an answer out must not know the right one
+            message = judge_message(
+                _INSTRUCTION, question=item.question, reference="", prediction=prediction, rule="mathvista"
+            )
+        return JudgeRequest(message, lambda text: True, max_tokens=MAX_TOKENS)
 
     def grade(self, item: Item, prediction: str, verdict: str | None) -> Grade:
         right, read = self._read(item, prediction if verdict is None else verdict)

@@ -14,6 +14,7 @@ _REFUSALS = (
     "I'm sorry, but without the image provided",
     "Cannot determine the answer",
 )
+_NO_ANSWER = "Failed to obtain answer via API"  # what VLMEvalKit writes in place of one: it names no letter
 _MARKS = re.compile(r"[.()\[\],:;!*#{}]")
 _STATED = re.compile(r"(?:correct\s+)?answer\s+is\s+\**([ABCD])\**", re.IGNORECASE)
 
@@ -23,6 +24,8 @@ def infer_letter(answer: str, options: dict[str, str]) -> str:
 
     A single letter must stand among the last five words. "The answer is X" decides where several letters occur.
     """
+    if _NO_ANSWER in answer:
+        return ""
     if any(refusal in answer for refusal in _REFUSALS):
         return "Z"
     words = _MARKS.sub(" ", answer).split()

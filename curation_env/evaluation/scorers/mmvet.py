@@ -21,15 +21,24 @@ def number(text: str) -> float | None:
         return None
 
 
+def _acceptable(text: str) -> bool:
+    value = number(text)
+    return value is not None and 0 <= value <= 1
+
+
 class MMVet(Scorer):
     """Mean grade."""
 
     def ask(self, item: Item, prediction: str) -> JudgeRequest:
+        return JudgeRequest(self._message(item, prediction), _acceptable)
+
+    def _message(self, item: Item, prediction: str) -> str:
+        if self.wording is not None:
+            return self.wording.message("mmvet", item, prediction)
         reference = item.answer.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
-        message = judge_message(
+        return judge_message(
             _INSTRUCTION, question=item.question, reference=reference, prediction=prediction, rule="mmvet"
         )
-        return JudgeRequest(message, lambda text: (value := number(text)) is not None and 0 <= value <= 1)
 
     def grade(self, item: Item, prediction: str, verdict: str | None) -> Grade:
         assert verdict is not None

@@ -27,6 +27,7 @@ from curation_env.evaluation.spreadsheet import read_back
 from curation_env.evaluation.suite import Item, Part, Suite, fingerprint, read_split, read_suite
 from curation_env.evaluation.wording import Wording, title
 from curation_env.training.data import Encoder, image_key
+from curation_env.training.images import StreamedFeatures
 from curation_env.training.model import Features, Student, resolve_device
 from curation_env.training.recipe import Recipe
 
@@ -177,14 +178,15 @@ def _answers(
         if isinstance(features, dict):
             _features[place] = features
     seconds["load"], mark = round(time.perf_counter() - mark, 4), time.perf_counter()
-    answers = generate(
-        student,
-        prepared.prompts,
-        features,
-        end_token=encoder.end_token,
-        stop_tokens=encoder.stop_tokens,
-        on_progress=_progress(report, "evaluate", "questions"),
-    )
+    with features if isinstance(features, StreamedFeatures) else contextlib.nullcontext():
+        answers = generate(
+            student,
+            prepared.prompts,
+            features,
+            end_token=encoder.end_token,
+            stop_tokens=encoder.stop_tokens,
+            on_progress=_progress(report, "evaluate", "questions"),
+        )
     texts = [text.strip() for text in encoder.tokenizer.batch_decode(answers, skip_special_tokens=True)]
     seconds["generate"] = round(time.perf_counter() - mark, 4)
     return items, texts

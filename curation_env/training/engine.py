@@ -110,13 +110,20 @@ class DeepSpeedEngine:
         deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl", verbose=False)
         self.device, self.rank, self.world = device, rank, world
         self.recipe, self.rows, self.features = recipe, rows, features
-        config = {
+        config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,  # counts nothing here: the window decides
             "gradient_accumulation_steps": 1,
             "gradient_clipping": recipe.grad_clip,
             "zero_optimization": {"stage": stage},
             "zero_allow_untested_optimizer": True,
         }
+        if student.model.dtype == torch.bfloat16:
+            # Its default keeps fp32 copies of the weights: more of them then change, which is another recipe.
+            config["bf16"] = {
+                "enabled": True,
+                "bf16_master_weights_and_grads": True,
+                "bf16_optimizer_states": True,
+            }
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=_SummedLoss(student), optimizer=adamw(parameter_groups(student.model, recipe), recipe), config=config
         )

@@ -56,7 +56,10 @@ class StreamedFeatures(Mapping[bytes, torch.Tensor]):
     def __len__(self) -> int:
         return len(self._images)
 
-    def close(self) -> None:
+    def __enter__(self) -> StreamedFeatures:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         """Stop decoding."""
         self._threads.shutdown(wait=True, cancel_futures=True)
 

@@ -74,9 +74,9 @@ def ours(model: Any, recipe: Recipe, rows: list[Row], device: torch.device, warm
     steps = list(windows(len(rows), recipe, 42))
     images = {row.image: row.image_bytes for row in rows if row.image is not None}
     shown = [[key for k in window if (key := rows[k].image) is not None] for window in steps]
-    features = StreamedFeatures(student, encoder, images, shown)
-    engine = SingleProcess(student, recipe, rows, features)
-    return timed(lambda window: engine.step(window, 1e-5).loss, steps, rows, warm)
+    with StreamedFeatures(student, encoder, images, shown) as features:
+        engine = SingleProcess(student, recipe, rows, features)
+        return timed(lambda window: engine.step(window, 1e-5).loss, steps, rows, warm)
 
 
 def published(model: Any, recipe: Recipe, rows: list[Row], device: torch.device, warm: int) -> dict[str, Any]:

@@ -99,6 +99,8 @@ def write_shard(folder: Path, images: Path, schema: pa.Schema, job: Job) -> Shar
     """
     made = _Rows(images, job)
     partial = {ending: folder / f"{job.name}{ending}.partial" for ending in (*_ENDINGS, ".json")}
+    for path in partial.values():
+        path.unlink(missing_ok=True)
     with pa.OSFile(str(partial[".arrow"]), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         for batch in made.batches():
             writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
@@ -117,6 +119,7 @@ def write_shard(folder: Path, images: Path, schema: pa.Schema, job: Job) -> Shar
     for ending, path in partial.items():  # the last one says that all are there, so the others are on disk before it
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
+        path.chmod(0o444)  # pools and views share the file
         os.replace(path, folder / f"{job.name}{ending}")
     return shard
 

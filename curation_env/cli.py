@@ -45,10 +45,8 @@ def tasks(as_json: Json = False) -> None:
         return
     table = Table("task", "id", "pool", "student", "suite", "iterations", "rows")
     for task in loaded:
-        world = f"{task.pool.kind}, world {task.pool.world}, {task.pool.scale}"
-        table.add_row(
-            task.name, task.id or "(tests only)", world, task.student, task.suite, str(task.iterations), str(task.rows)
-        )
+        numbers = (str(task.iterations), str(task.rows))
+        table.add_row(task.name, task.id or "(tests only)", task.pool.label, task.student, task.suite, *numbers)
     _console().print(table)
 
 
@@ -73,7 +71,14 @@ def doctor(task: str, data_root: DataRoot = None, world: World = None, as_json: 
 
 
 @app.command()
-def prepare(task: str, data_root: DataRoot = None, world: World = None) -> None:
+def prepare(
+    task: str,
+    source: Annotated[
+        Path | None, typer.Option(help="Folder of the public files that the task's pool is made of")
+    ] = None,
+    data_root: DataRoot = None,
+    world: World = None,
+) -> None:
     """Make or check a task's pool, suite, audit index and the agent's view."""
     from curation_env.assets import data_root as root_of
     from curation_env.assets import prepared
@@ -81,10 +86,42 @@ def prepare(task: str, data_root: DataRoot = None, world: World = None) -> None:
     from curation_env.progress import Progress
 
     chosen = _in_world(task, world)
+    if source is not None and chosen.pool.kind == "mini":
+        raise InvalidSetting(f"task {chosen.name!r} makes its own pool: leave --source out")
     with Progress() as progress:
-        assets = prepared(chosen, root_of(data_root), progress)
+        if chosen.pool.kind != "mini":
+            from curation_env.ingest.catalog import Catalog
+            from curation_env.ingest.prepare import prepare_pool, summary
+
+            lacking = [] if source is None else Catalog.load(chosen.pool.kind).check(source)
+            for path in lacking:
+                sys.stderr.write(f"{path} is not in {source}: rows with images from there stay out of the pool\n")
+            print("\n".join(summary(prepare_pool(chosen.pool, root_of(data_root), source, progress))), flush=True)
+        assets = prepared(chosen, root_of(data_root), progress, make=True)
     pool, view = Pool.open(assets.pool), Pool.open(assets.view)
     print(f"pool {pool.key}: {len(pool):,} rows, hash {pool.hash[:16]}; {len(pool) - len(view):,} blocked by the audit")
+
+
+@app.command("match")
+def match_list(
+    task: str,
+    file: Path,
+    out: Annotated[Path, typer.Option(help="Where the ids go, one a line; the report goes to OUT with .report.json")],
+    data_root: DataRoot = None,
+    as_json: Json = False,
+) -> None:
+    """Find the rows of a published list (ICONS-133K, ARDS-200K) in a task's pool, by the full record."""
+    from curation_env.assets import data_root as root_of
+    from curation_env.ingest.lists import match
+    from curation_env.task import Task
+
+    found = match(Task.load(task), root_of(data_root), file)
+    report = found.write(out)
+    if as_json:
+        _print_json(found.summary())
+    else:
+        print("\n".join(found.lines()))
+        print(f"ids: {out}; what did not match: {report}")
 
 
 @app.command()

@@ -45,11 +45,16 @@ def examine(name: str, root: Path | None = None, world: int | None = None) -> li
     elif isinstance(task.pool.world, str):
         task = task.in_world(1)  # any world shows what the family needs
     assets = locate(task, folder)
-    made = "made by the first reset" if task.family == "mini" else f"prepare with: curation-env prepare {name}"
+    generated = task.pool.kind == "mini"
+    made = "made by the first reset" if generated else f"prepare with: curation-env prepare {name}"
     findings = [
-        Finding(what, there, str(path) if there else f"{path}: {made}", required=task.family != "mini")
+        Finding(what, there, str(path) if there else f"{path}: {made}", required=not generated)
         for what, (path, there) in assets.state().items()
     ]
+    if task.pool.kind != "mini":
+        from curation_env.ingest.prepare import state_of
+
+        findings[0] = findings[0]._replace(text=state_of(task.pool, assets.pool))
     for library in LIBRARIES:
         there = importlib.util.find_spec(library) is not None
         findings.append(Finding(f"library {library}", there, "installed" if there else "pip install -e ."))

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Conversation = list[dict[str, str]]
 _ROWS_PER_READ = 256
+#: In a folder of rows that lack the column: supervised tokens of each row, int32 of shape (rows,).
+TOKENS = "n_tokens.npy"
 
 
 def canonical_json(value: Any) -> str:
@@ -44,20 +46,23 @@ def image_digest(data: bytes | None) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest() if data is not None else bytes(16)
 
 
-def features() -> datasets.Features:
-    """Arrow columns of a pool (and of the agent's view of it)."""
+def features(tokens: bool = True) -> datasets.Features:
+    """Arrow columns of a pool (and of the agent's view of it).
+
+    Args:
+        tokens: Whether rows hold `n_tokens`. Those of the public pools don't, because several students share them: the
+            counts of one student are a file beside its view's rows (`TOKENS`), which readers join as the last column.
+    """
     import datasets
 
     text = datasets.Value("string")
-    return datasets.Features(
-        {
-            "id": text,
-            "source": text,
-            "image": {"bytes": datasets.Value("binary"), "path": text},
-            "conversation": [{"user": text, "assistant": text}],
-            "n_tokens": datasets.Value("int32"),
-        }
-    )
+    columns = {
+        "id": text,
+        "source": text,
+        "image": {"bytes": datasets.Value("binary"), "path": text},
+        "conversation": [{"user": text, "assistant": text}],
+    }
+    return datasets.Features({**columns, **({"n_tokens": datasets.Value("int32")} if tokens else {})})
 
 
 class Pool:
@@ -81,7 +86,11 @@ class Pool:
         if not (path / "meta.json").is_file():
             raise MissingAssets(f"no pool at {path}: prepare it with `curation-env prepare TASK`")
         meta = json.loads((path / "meta.json").read_text())
-        return cls(path, datasets.load_from_disk(str(path / "rows"), keep_in_memory=False), meta)
+        table = datasets.load_from_disk(str(path / "rows"), keep_in_memory=False)
+        assert isinstance(table, datasets.Dataset)
+        if (path / "rows" / TOKENS).is_file():
+            table = table.add_column("n_tokens", np.load(path / "rows" / TOKENS))
+        return cls(path, table, meta)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -104,7 +113,13 @@ class Pool:
 
     @functools.cached_property
     def n_tokens(self) -> np.ndarray:
-        """Supervised tokens of each row, int32 of shape (rows,)."""
+        """Supervised tokens of each row, int32 of shape (rows,).
+
+        Raises:
+            MissingAssets: They are not counted here: a public pool's are, for each student, in its view.
+        """
+        if "n_tokens" not in self.table.column_names:
+            raise MissingAssets(f"{self.path} has no counts of supervised tokens: a task's view of it has")
         return self._column("n_tokens").to_numpy()
 
     @functools.cached_property
@@ -117,7 +132,7 @@ class Pool:
         return {id_: k for k, id_ in enumerate(self.ids)}
 
     def row(self, index: int) -> dict[str, Any]:
-        """One row: `id`, `source`, `image` ({"bytes", "path"} or None), `conversation`, `n_tokens`."""
+        """One row: `id`, `source`, `image` ({"bytes", "path"} or None), `conversation`, `n_tokens` where counted."""
         return next(self.rows([index]))
 
     def rows(self, indices: Iterable[int]) -> Iterator[dict[str, Any]]:
@@ -196,16 +211,48 @@ def publish(scratch: Path, path: Path) -> None:
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write rows as a `datasets` folder, a thousand in memory at a time."""
-    import datasets
     import pyarrow as pa
 
-    datasets.disable_progress_bars()  # the caller shows progress, once
-    schema = features().arrow_schema
-    scratch = path.with_name(f"{path.name}.arrow")
-    scratch.parent.mkdir(parents=True, exist_ok=True)
-    with pa.ipc.new_stream(str(scratch), schema) as writer:
+    path.mkdir(parents=True, exist_ok=True)
+    columns = features()
+    with pa.ipc.new_stream(str(path / "rows.arrow"), columns.arrow_schema) as writer:
         iterator = iter(rows)
         while batch := list(itertools.islice(iterator, 1000)):
-            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
-    datasets.Dataset.from_file(str(scratch)).save_to_disk(str(path), num_proc=None)
-    scratch.unlink()
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=columns.arrow_schema))
+    finish_rows(path, [path / "rows.arrow"], columns)
+
+
+def finish_rows(path: Path, streams: Sequence[Path], columns: datasets.Features) -> None:
+    """Make a folder with Arrow streams in it one that `datasets.load_from_disk` opens, without copying a row.
+
+    Args:
+        path: The folder.
+        streams: Files in it with rows of the same columns, in the order of the rows; they are renamed.
+        columns: Their columns.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()  # the caller shows progress, once
+    # The library writes the folder of an empty dataset, and the files are added to its list.
+    datasets.Dataset.from_dict({name: [] for name in columns}, features=columns).save_to_disk(str(path))
+    names = [f"data-{k:05d}-of-{len(streams):05d}.arrow" for k in range(len(streams))]
+    for stream, name in zip(streams, names, strict=True):
+        stream.rename(path / name)
+    state = json.loads((path / "state.json").read_text())
+    files = [(name, info.st_size, info.st_mtime_ns) for name in names for info in [(path / name).stat()]]
+    state["_data_files"] = [{"filename": name} for name in names]
+    state["_fingerprint"] = hashlib.blake2b(canonical_json(files).encode(), digest_size=8).hexdigest()
+    (path / "state.json").write_text(json.dumps(state, indent=2, sort_keys=True))
+
+
+def row_files(path: Path) -> list[Path]:
+    """The Arrow streams of a folder of rows, in the order of the rows."""
+    return [path / entry["filename"] for entry in json.loads((path / "state.json").read_text())["_data_files"]]
+
+
+def link(source: Path, target: Path) -> None:
+    """Put a file that never changes under a second name: a hard link, or a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

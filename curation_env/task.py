@@ -9,7 +9,7 @@ import hashlib
 import json
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -31,8 +31,8 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class PoolRef(_Strict):
-    """Which pool: `kind` names the family that makes it, the other fields are the family's own."""
+class MiniPool(_Strict):
+    """A generated pool of the miniature."""
 
     kind: Literal["mini"]
     world: int | Literal["by seed"] = Field(
@@ -41,6 +41,32 @@ class PoolRef(_Strict):
     scale: str = Field("mini", description="size of the miniature's pool and suite")
     hash: str | None = Field(None, description="the pool's hash, where it is frozen")
     generator: str | None = Field(None, description="hash of the world generator, where it is frozen")
+
+    @property
+    def label(self) -> str:
+        """What a table shows."""
+        return f"{self.kind}, world {self.world}, {self.scale}"
+
+
+class PublicPool(_Strict):
+    """A pool made of public files, described in `conf/pool/<kind>.yaml`."""
+
+    kind: Literal["llava", "visionflan"]
+    text: bool = Field(True, description="whether the rows without an image belong to it")
+
+    @property
+    def world(self) -> int:
+        """There is one of each."""
+        return 0
+
+    @property
+    def label(self) -> str:
+        """What a table shows."""
+        return self.kind if self.text else f"{self.kind}, rows with images"
+
+
+#: Which pool: `kind` names what makes it, the other fields are its own.
+PoolRef = Annotated[MiniPool | PublicPool, Field(discriminator="kind")]
 
 
 class Limits(_Strict):
@@ -107,15 +133,21 @@ class Task(_Strict):
     def load(cls, name: str, **overrides: Any) -> Task:
         """Load `conf/task/<name>.yaml`; overrides that are None are left as the file has them.
 
+        Args:
+            name: A task's name, or the path of a task file of your own: it ends in `.yaml`.
+
         Raises:
             UnknownTask: No such file; the message names the nearest.
             TaskFileError: A field is unknown or has a wrong value.
         """
-        if name not in task_names():
+        if name.endswith(".yaml"):
+            fields = _own_file(Path(name))
+        elif name in task_names():
+            fields = _yaml("task", name)
+        else:
             near = difflib.get_close_matches(name, task_names(), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UnknownTask(f"no task {name!r}{hint} Tasks: {', '.join(task_names())}")
-        fields = _yaml("task", name)
         given = {key: value for key, value in overrides.items() if value is not None}
         moved = tuple(f"{k}={given[k]}" for k in _MOVES_SCORES if k in given and given[k] != fields.get(k, _default(k)))
         try:
@@ -218,8 +250,11 @@ class Task(_Strict):
         """
         if world < 0:
             raise InvalidSetting(f"worlds are numbered from 0, not {world}")
+        if not isinstance(self.pool, MiniPool):
+            raise InvalidSetting(f"task {self.name!r} is not of the miniature, so world={world} says nothing")
         pinned = self.pool.hash if world == self.pool.world else None  # a task file pins its own world only
-        return self.model_copy(update={"pool": self.pool.model_copy(update={"world": world, "hash": pinned})})
+        pool = {**self.pool.model_dump(), "world": world, "hash": pinned}
+        return Task.model_validate({**self.model_dump(), "pool": pool})  # a copy would keep the hash of this world
 
 
 _MOVES_SCORES = ("rows", "tokens", "seeds", "feedback", "repeats")
@@ -265,7 +300,8 @@ def task_names() -> list[str]:
 
 
 @functools.cache
-def _parsed(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A data file of the package, parsed once; what it holds is not to be changed."""
     return yaml.safe_load(path.read_text())
 
 
@@ -273,7 +309,20 @@ def _yaml(group: str, name: str) -> dict[str, Any]:
     path = conf_dir() / group / f"{name}.yaml"
     if not path.is_file():
         raise TaskFileError(f"no {group} {name!r}: expected {path.relative_to(conf_dir().parent)}")
-    return copy.deepcopy(_parsed(path))  # parsed once; what is handed out may be changed
+    return copy.deepcopy(read_yaml(path))  # parsed once; what is handed out may be changed
+
+
+def _own_file(path: Path) -> dict[str, Any]:
+    """The fields of a task file that does not ship with the package."""
+    try:
+        fields = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UnknownTask(f"no task file {path}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise TaskFileError(f"task file {path} can't be read: {' '.join(str(error).split())}") from error
+    if not isinstance(fields, dict):
+        raise TaskFileError(f"task file {path} holds no fields: it looks like those in conf/task/")
+    return fields
 
 
 @functools.cache

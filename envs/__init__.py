@@ -11,7 +11,7 @@ def make(task: str, **overrides: Any) -> gym.Env[Any, Any]:
     """Make the environment of a task by the task's name, as the command line and Hydra do.
 
     Args:
-        task: Name of a task file, for example "mini" or "nano".
+        task: Name of a task file, for example "mini" or "nano", or the path of one of your own.
         **overrides: What `gym.make` takes for it.
 
     Raises:
@@ -20,10 +20,10 @@ def make(task: str, **overrides: Any) -> gym.Env[Any, Any]:
     from curation_env.registry import ENTRIES
     from curation_env.task import Task
 
-    loaded = Task.load(task)
+    Task.load(task)
     for entry in ENTRIES:
         if entry.task == task:
             return gym.make(entry.id, **overrides)
-    from curation_env.envs.mini import MiniEnv  # a test-only task has no id
+    from curation_env.envs.mini import MiniEnv  # a test-only task, or one of the user's own, has no id
 
-    return MiniEnv(loaded.name, **overrides)
+    return MiniEnv(task, **overrides)

@@ -349,7 +349,7 @@ def test_what_is_outdated_is_made_again(own_root, what):
     else:
         _edit(assets.index / "meta.json", **{what: {} if what == "rules" else "0" * 32})
     (assets.pool.parent / ".left.partial").mkdir()  # by a process that was killed
-    (assets.view / ".rows.1.arrow").write_text("")
+    (assets.view / ".rows.1.partial").mkdir()
     assert prepared(task, own_root) == assets
     assert (assets.view / "meta.json").read_text() == good
     assert (assets.pool / "truth.parquet").is_file()

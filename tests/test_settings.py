@@ -70,7 +70,9 @@ def test_a_seed_draws_a_train_world_and_an_option_takes_any(monkeypatch):
 
 
 def test_a_world_of_a_task_that_has_one(nano):
-    assert Task.load("mini-worlds").drawn(7).pool.world == 7
+    worlds = Task.load("mini-worlds")
+    assert worlds.drawn(7).pool.world == 7
+    assert worlds.hash != worlds.drawn(7).hash == Task.load("mini-worlds").drawn(7).hash
     with pytest.raises(InvalidSetting, match="has one world"):
         Task.load("mini").drawn(7)
 
@@ -101,7 +103,7 @@ def test_every_documented_error_is_in_the_table():
 LAYERS = (
     ("errors", "choices", "statuses", "text", "version", "progress"),
     ("task", "pool", "submission", "assets"),
-    ("audit", "training", "evaluation", "sandbox", "mini", "ledger"),
+    ("audit", "training", "evaluation", "sandbox", "mini", "ledger", "ingest"),
     ("pipeline",),
     ("feedback", "render"),
     ("episode", "runs"),

@@ -60,9 +60,12 @@ def pool() -> datasets.Dataset:
 
     datasets.disable_caching()
     datasets.disable_progress_bars()  # they fill logs, and the context of whoever reads them
+    from .rows import counted_tokens
+
     rows = datasets.load_from_disk(str(path))
     assert isinstance(rows, datasets.Dataset)
-    return rows
+    tokens = counted_tokens(path)
+    return rows if tokens is None else rows.add_column("n_tokens", tokens)
 
 
 def column(name: str) -> np.ndarray:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow as pa
 
 
@@ -26,7 +27,20 @@ def open_table(pool: Path) -> pa.Table:
     for entry in json.loads(state.read_text())["_data_files"]:
         with pa.memory_map(str(pool / entry["filename"])) as source:
             parts.append(pa.ipc.open_stream(source).read_all())
-    return pa.concat_tables(parts)
+    table = pa.concat_tables(parts)
+    tokens = counted_tokens(pool)
+    return table if tokens is None else table.append_column("n_tokens", pa.array(tokens))
+
+
+def counted_tokens(pool: Path) -> np.ndarray | None:
+    """Supervised tokens of each row where the rows don't hold them: students share the files of a large pool."""
+    path = pool / "n_tokens.npy"
+    if not path.is_file():
+        return None
+    import numpy as np
+
+    counts: np.ndarray = np.load(path)
+    return counts
 
 
 def find_rows(pool: Path, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -51,7 +65,8 @@ def find_rows(pool: Path, names: Sequence[str]) -> list[dict[str, Any]]:
     if unknown:
         shown = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
         raise KeyError(f"{len(unknown)} of {len(names)} are no rows of the pool ({len(table):,} rows): {shown}")
-    rows: list[dict[str, Any]] = table.take(positions).to_pylist()
+    # Sliced one by one: `take` would first join the images of a pool of many files into one array.
+    rows: list[dict[str, Any]] = [table.slice(position, 1).to_pylist()[0] for position in positions]
     return rows
 
 

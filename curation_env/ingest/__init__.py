@@ -1,0 +1,1 @@
+"""Pools from public files: records, image checks, shards, the report, and published lists of rows."""

@@ -264,7 +264,8 @@ class Pipeline:
                 record = canonical_json({"price": round(float(result["price"]), 1)}).encode()
                 files = {"values.npy": out.read_bytes(), "record.json": record}
             self._signals.write(key, files)
-            found = _read_signal(files, len(self.pool))
+            # Where another process stored its own meanwhile, that one's price is the price from now on.
+            found = _read_signal(self._signals.read(key), len(self.pool)) or _read_signal(files, len(self.pool))
             if found is None:
                 raise StageFailed(f"signal {name} does not have one value for each of the pool's rows")
         values, price = found

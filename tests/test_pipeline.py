@@ -290,6 +290,25 @@ def test_the_loss_signal_is_aligned_with_the_view_and_keeps_its_price(make):
     assert price == same >= 0
 
 
+def test_a_signal_has_one_price_also_when_two_compute_it_at_once(make, tmp_path):
+    """Else a run that goes on after a crash would be charged another price than before."""
+    pipeline = make(data_root=tmp_path)
+    compute = pipeline._run
+
+    def overtaken(*arguments):
+        result = compute(*arguments)
+        place = (
+            tmp_path / "signals" / f"{pipeline.assets.pool.name}--{pipeline.task.student}-{pipeline._signal_key}/loss"
+        )
+        place.mkdir(parents=True)  # by another process, which was quicker
+        np.save(place / "values.npy", np.zeros(len(pipeline.pool), np.float32))
+        (place / "record.json").write_text('{"price":1234.5}')
+        return result
+
+    pipeline._run = overtaken
+    assert pipeline.signal("loss")[1] == make(data_root=tmp_path).signal("loss")[1] == 1234.5
+
+
 def test_calibration_measures_every_part(make):
     reference = calibrate(make(), subsets=2, seeds=2)
     assert set(reference) == set(PARTS)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from curation_env.errors import MissingAssets, TaskMismatch
 from curation_env.locks import locked
-from curation_env.students import RECORD, card_of, describe, student_dir
 
 if TYPE_CHECKING:
     from curation_env.mini.world import Scale
@@ -63,6 +62,8 @@ def locate(task: Task, root: Path) -> Assets:
     """Where the assets of a task lie under a data root, whether or not they are there."""
     if isinstance(task.pool.world, str):
         raise MissingAssets(f"task {task.name!r} draws a world at every reset: choose one, for example world 1000000")
+    from curation_env.students import RECORD, card_of, student_dir
+
     student, mark = student_dir(task.student, root), RECORD if card_of(task.student) else "config.json"
     pool, suite = _pool_key(task), _suite_key(task)
     # The view depends on the rules that blocked its rows, so they are part of its name.
@@ -203,6 +204,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def describe_missing(task: Task, assets: Assets) -> str:
     """One text with every missing path and the command that prepares them."""
+    from curation_env.students import describe
     from curation_env.task import task_names
 
     state = assets.state()

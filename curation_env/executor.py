@@ -226,7 +226,7 @@ class LocalExecutor:
     def _death(self, process: subprocess.Popen[bytes], name: str) -> CurationError:
         """What a worker died of, after its pipe has closed."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(1.0)  # a worker that is dying has its own reason, which `_kill` would hide
+            process.wait(5.0)  # a worker that is dying has its own reason, which `_kill` would hide
         _kill(process)
         code = process.wait()
         if code == OUT_OF_MEMORY_EXIT:

@@ -398,9 +398,6 @@ def test_background_processes_do_not_lock_the_agent_out(sandbox: Sandbox) -> Non
     hoard = f"import os, time; time.sleep(0.3); any(os.fork() == 0 for _ in range({count})); time.sleep(60)"
     text(sandbox, f'python3 -c "{hoard}" >/dev/null 2>&1 &')
     assert until(lambda: len(sandbox._pids()) == LIMITS.pids)  # type: ignore[attr-defined]
-    first = sandbox.exec("echo on", timeout=20)
-    # Where the limit is seen before the command is refused, it goes with the rest; the next one finds them gone.
-    assert first.stdout == b"on\n" or first.limit == "processes"
     assert text(sandbox, "echo on") == "on\n"
     assert len(sandbox._pids()) < 5  # type: ignore[attr-defined]
 

@@ -107,10 +107,9 @@ class SupervisedSandbox(HostedFiles):
         timed_out = refused = False
         while True:
             with watch.lock:
+                self._settle()
                 if refused:
                     self.kill_all()
-                else:
-                    self._settle()
                 full, seen = watch.full, watch.hits
                 memory, forks = self._memory_kills(), self._refused_forks()
                 process = self._start_command(command, env, cwd, out)

@@ -49,10 +49,13 @@ class MiniPool(_Strict):
         return f"{self.kind}, world {self.world}, {self.scale}"
 
 
+PublicKind = Literal["llava", "visionflan"]
+
+
 class PublicPool(_Strict):
     """A pool made of public files, described in `conf/pool/<kind>.yaml`."""
 
-    kind: Literal["llava", "visionflan"]
+    kind: PublicKind
     text: bool = Field(True, description="whether the rows without an image belong to it")
 
     @property

@@ -30,13 +30,13 @@ from curation_env.ingest.records import JsonArray, Record, parse
 from curation_env.ingest.report import write_report
 from curation_env.ingest.shards import ROWS, Job, Shard, adopt, fingerprint, finished, write_shard
 from curation_env.pool import features, finish_rows, link, publish
-from curation_env.task import PublicPool
+from curation_env.task import PublicKind, PublicPool
 
 Progress = Callable[[dict[str, Any]], None]
 
 
 def ingest(
-    kind: str,
+    kind: PublicKind,
     source: Path,
     pools: Path,
     on_progress: Progress | None = None,
@@ -70,7 +70,7 @@ def ingest(
     work = pools / f".{kind}.ingest"
     work.mkdir(parents=True, exist_ok=True)
     records = JsonArray(source / catalog.records)
-    earlier = pools / pool_key(PublicPool(kind=kind, text=True))  # type: ignore[arg-type]
+    earlier = pools / pool_key(PublicPool(kind=kind, text=True))
     jobs = _Jobs(records, kind, rows_per_shard)
     shards = _make_shards(jobs, work, earlier, source / catalog.images, on_progress, workers or processors())
     made_of = {"file": catalog.records, "bytes": records.size, "sha256": records.sha256, "records": jobs.records}
@@ -82,7 +82,7 @@ def ingest(
     versions = {True: images + text, **({False: images} if text else {})}
     paths = []
     for with_text, chosen in versions.items():
-        version = PublicPool(kind=kind, text=with_text)  # type: ignore[arg-type]
+        version = PublicPool(kind=kind, text=with_text)
         paths.append(_publish(work, chosen, pools / pool_key(version), made_of, catalog.reference(version)))
     shutil.rmtree(work)
     return paths

@@ -37,13 +37,8 @@ from curation_env.ingest.report import coverage, read_report
 
 PICTURES = 300
 DISTINCT = 50_000
-FOLDERS = {
-    "coco": "coco/train2017",
-    "gqa": "gqa/images",
-    "ocr_vqa": "ocr_vqa/images",
-    "textvqa": "textvqa/train_images",
-    "vg": "vg/VG_100K",
-}
+#: An image folder of each source.
+FOLDERS = {name.partition("/")[0]: name for name in reversed(Catalog.load("llava").public) if "/" in name}
 
 
 def make_pictures(folder: Path, width: int, height: int) -> list[Path]:

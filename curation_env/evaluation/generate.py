@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from curation_env.training.data import Encoder
-from curation_env.training.images import StreamedFeatures, bytes_kept, image_tokens
+from curation_env.training.images import KeptFeatures, StreamedFeatures, make_features
 from curation_env.training.model import Features, Student
 
 ROWS_PER_BATCH = {"cpu": 128, "cuda": 2048}
@@ -73,19 +73,20 @@ def suite_features(
     prompts: Sequence[Prompt],
     images: Mapping[bytes, bytes | None],
     on_progress: Callable[[int, int], None] | None = None,
-) -> Features:
+) -> KeptFeatures | StreamedFeatures:
     """Return the features of all images of prompts; where those don't fit, they are computed as they are needed.
 
     Args:
         images: Encoded bytes by key.
     """
+
+    def windows() -> list[list[bytes]]:
+        # In the order in which prompts are answered, however they are batched.
+        together = batches(prompts, PROMPTS_PER_WINDOW, max_tokens=sys.maxsize)
+        return [[key for k in window for key in prompts[k].images] for window in together]
+
     rows = ((prompt.images, prompt.tokens) for prompt in prompts)
-    if bytes_kept(student, image_tokens(rows, encoder.image_token)) <= FEATURE_BYTES:
-        return student.image_features(encoder, images, on_progress)
-    # In the order in which prompts are answered, however they are batched.
-    windows = batches(prompts, PROMPTS_PER_WINDOW, max_tokens=sys.maxsize)
-    shown = [[key for k in window for key in prompts[k].images] for window in windows]
-    return StreamedFeatures(student, encoder, images, shown)
+    return make_features(student, encoder, images, rows, windows, FEATURE_BYTES, on_progress)
 
 
 def batch_limits(student: Student) -> tuple[int, int]:

@@ -27,8 +27,8 @@ from curation_env.evaluation.spreadsheet import read_back
 from curation_env.evaluation.suite import Item, Part, Suite, fingerprint, read_split, read_suite
 from curation_env.evaluation.wording import Wording, title
 from curation_env.training.data import Encoder, image_key
-from curation_env.training.images import StreamedFeatures
-from curation_env.training.model import Features, Student, resolve_device
+from curation_env.training.images import KeptFeatures, StreamedFeatures
+from curation_env.training.model import Student, resolve_device
 from curation_env.training.recipe import Recipe
 
 Progress = Callable[[dict[str, Any]], None]
@@ -56,7 +56,7 @@ class Prepared:
 
 _items: dict[str, Items] = {}  # the last suite's, by what it is made of
 _prepared: dict[str, Prepared] = {}  # the same for the last student
-_features: dict[tuple[str, bytes, str], Features] = {}  # its features, by suite, tower weights and device
+_features: dict[tuple[str, bytes, str], KeptFeatures] = {}  # its features, by suite, tower weights and device
 
 
 def evaluate(
@@ -170,15 +170,15 @@ def _answers(
     student = Student.load(checkpoint, recipe, resolve_device(device), attention="sdpa")
     key, items, prepared = _prepare(encoder, suite, suite_dir, checkpoint)
     place = (key, student.tower_digest(), str(student.device))
-    features = _features.get(place)
+    features: KeptFeatures | StreamedFeatures | None = _features.get(place)
     if features is None:
         _features.clear()
         told = _progress(report, "images", "images")
         features = suite_features(student, encoder, prepared.prompts, prepared.images, told)
-        if isinstance(features, dict):
+        if isinstance(features, KeptFeatures):
             _features[place] = features
     seconds["load"], mark = round(time.perf_counter() - mark, 4), time.perf_counter()
-    with features if isinstance(features, StreamedFeatures) else contextlib.nullcontext():
+    with features:
         answers = generate(
             student,
             prepared.prompts,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -16,6 +16,16 @@ from curation_env.training.model import Student
 CACHE_BYTES = 1 << 30  # features of all images up to here are kept, not computed again
 WINDOWS_AHEAD = 4
 DECODERS = 2  # threads; decoding and resizing release the interpreter's lock
+
+
+class KeptFeatures(dict[bytes, torch.Tensor]):
+    """Features of all images by key, at once."""
+
+    def __enter__(self) -> KeptFeatures:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
 
 
 class StreamedFeatures(Mapping[bytes, torch.Tensor]):
@@ -75,6 +85,28 @@ class StreamedFeatures(Mapping[bytes, torch.Tensor]):
         if self._student.device.type != "cuda":
             return pixels
         return pixels.pin_memory() if isinstance(pixels, torch.Tensor) else [part.pin_memory() for part in pixels]
+
+
+def make_features(
+    student: Student,
+    encoder: Encoder,
+    images: Mapping[bytes, bytes | None],
+    rows: Iterable[tuple[tuple[bytes, ...], np.ndarray]],
+    windows: Callable[[], Sequence[Sequence[bytes]]],
+    limit: int,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> KeptFeatures | StreamedFeatures:
+    """Return the features of images: all of them where they fit, else those of a window at a time.
+
+    Args:
+        images: Encoded bytes by key; None is a black image.
+        rows: (keys of images, tokens) of every row that shows some.
+        windows: Gives the keys of the images of every step, in the order of the steps.
+        limit: Bytes up to which all are kept.
+    """
+    if bytes_kept(student, image_tokens(rows, encoder.image_token)) <= limit:
+        return KeptFeatures(student.image_features(encoder, images, on_progress))
+    return StreamedFeatures(student, encoder, images, windows())
 
 
 def bytes_kept(student: Student, n_tokens: int) -> int:

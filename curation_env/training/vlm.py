@@ -12,7 +12,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ from curation_env.errors import NonFiniteLoss
 from curation_env.pool import Pool
 from curation_env.training import engine as engines
 from curation_env.training.data import Encoder, read_rows
-from curation_env.training.images import CACHE_BYTES, StreamedFeatures, bytes_kept, image_tokens
-from curation_env.training.model import Features, Student, resolve_device
+from curation_env.training.images import CACHE_BYTES, make_features
+from curation_env.training.model import Student, resolve_device
 from curation_env.training.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -92,19 +91,15 @@ def train(
     seconds["model"], mark = clock() - mark, clock()
     images = {row.image: row.image_bytes for row in rows if row.image is not None}
     steps = list(windows(len(rows), recipe, seed))
-    features: Features
-    streamed: StreamedFeatures | None = None
-    shown_tokens = image_tokens(
-        ((() if row.image is None else (row.image,), row.tokens) for row in rows), encoder.image_token
+    features = make_features(
+        student,
+        encoder,
+        images,
+        ((() if row.image is None else (row.image,), row.tokens) for row in rows),
+        lambda: [[key for k in window[rank::world] if (key := rows[k].image) is not None] for window in steps],
+        CACHE_BYTES,
+        lambda done, n: report(_event("images", done, n, "images", mark)),
     )
-    if bytes_kept(student, shown_tokens) <= CACHE_BYTES:
-        features = student.image_features(
-            encoder, images, lambda done, n: report(_event("images", done, n, "images", mark))
-        )
-    else:
-        mine = (window[rank::world] for window in steps)
-        shown = [[key for k in window if (key := rows[k].image) is not None] for window in mine]
-        features = streamed = StreamedFeatures(student, encoder, images, shown)
     seconds["features"], mark = clock() - mark, clock()
 
     # Optimizer.
@@ -112,7 +107,7 @@ def train(
 
     # Loop.
     loss_value, step = float("nan"), 0
-    with streamed or nullcontext(), open(out / "training.jsonl" if rank == 0 else os.devnull, "w") as log_file:
+    with features, open(out / "training.jsonl" if rank == 0 else os.devnull, "w") as log_file:
         for window in steps:
             lr = recipe.lr_at(step, total)
             loss_value, grad_norm = engine.step(window, lr)

@@ -102,7 +102,7 @@ class GraphedProcess:
             model.get_input_embeddings()(window.tokens.flatten()),
         )
         with sdpa_kernel(SDPBackend.MATH):  # a GPU's fused kernels add gradients up in no fixed order
-            hidden = model.model.language_model(
+            hidden = self.student.parts.text(
                 inputs_embeds=embedded[None],
                 position_ids=self.positions[None],
                 use_cache=False,
@@ -139,14 +139,13 @@ class _Table:
     """All rows of a run on the device, padded to one length; behind them an empty one, for windows that are short."""
 
     def __init__(self, rows: list[Row], features: Features, length: int, student: Student) -> None:
-        image_token = student.model.config.image_token_index
         shape = (len(rows) + 1, length)
         tokens, targets = np.zeros(shape, np.int64), np.full(shape, NO_TARGET, np.int64)
         for k, row in enumerate(rows):
             n = len(row.tokens)
             tokens[k, :n] = row.tokens
             targets[k, : n - 1][row.supervised[1:]] = row.tokens[1:][row.supervised[1:]]
-        is_image = tokens == image_token
+        is_image = tokens == student.parts.image_token
         keys = {key: k for k, key in enumerate(features)}
         none = torch.zeros_like(next(iter(features.values()))) if features else self._no_image(student)
         self.images = torch.stack([*features.values(), none])
@@ -160,7 +159,7 @@ class _Table:
     @staticmethod
     def _no_image(student: Student) -> torch.Tensor:
         """The features of no image at all, where no row has one."""
-        return torch.zeros((1, student.model.config.vision_config.hidden_size), device=student.device)
+        return torch.zeros((1, student.parts.values_per_token), device=student.device)
 
     def take(self, rows: torch.Tensor) -> _Window:
         """The rows `rows`: int64 of shape (n,), the number of rows meaning the empty one."""

@@ -203,19 +203,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def describe_missing(task: Task, assets: Assets) -> str:
-    """One text with every missing path and the command that prepares them."""
-    from curation_env.students import describe
+    """One text with every missing path, what it is made of, and the command that prepares it."""
+    from curation_env.needs import describe
     from curation_env.task import task_names
 
-    state = assets.state()
-    lines = [
-        f"  {what}: {describe(task.student, path, task.name) if what == 'student' else path}"
-        for what, (path, there) in state.items()
-        if not there
-    ]
-    source = "" if task.pool.kind == "mini" or state["pool"][1] else " --source DIR"
-    name = task.name if task.name in task_names() else "TASK.yaml"
-    return "\n".join([f"task {task.name!r} lacks:", *lines, f"prepare with: curation-env prepare {name}{source}"])
+    return describe(task, assets, task.name if task.name in task_names() else "TASK.yaml")
 
 
 def _make_suite(task: Task, assets: Assets, on_progress: Progress) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from curation_env.assets import data_root, prepared
+from curation_env.feedback import judge_free_mean
 from curation_env.pipeline import PARTS, Pipeline, Progress, Scores
 from curation_env.submission import Submission
 from curation_env.task import Task
@@ -55,8 +56,8 @@ def calibrate(
         seeds: Training seeds, for the first random submission and for the full pool.
 
     Returns:
-        For each part: base, random and full ({mean, sd, n, source}), and `seed_sd`, the spread that training seeds
-        alone make.
+        For each part: base, random and full ({mean, sd, n, source, judge_free: {mean, sd}}, of the runs' means over all
+        benchmarks and over those that no judge grades), and `seed_sd`, the spread that training seeds alone make.
     """
     task = pipeline.task
     listed = task.recipe_config["seeds"][:seeds]
@@ -68,16 +69,20 @@ def calibrate(
     source = f"curation-env calibrate {task.name}"
     return {
         part: {
-            "base": _summary([base], part, source),
-            "random": _summary(random, part, source),
-            "full": _summary(full, part, source),
+            "base": _summary(task, [base], part, source),
+            "random": _summary(task, random, part, source),
+            "full": _summary(task, full, part, source),
             "seed_sd": float(np.std([scores.mean(part) for scores in repeated], ddof=1)),
         }
         for part in PARTS
     }
 
 
-def _summary(runs: list[Scores], part: str, source: str) -> dict[str, Any]:
+def _summary(task: Task, runs: list[Scores], part: str, source: str) -> dict[str, Any]:
+    free = [judge_free_mean(task, scores.parts[part]) for scores in runs]
     values = [scores.mean(part) for scores in runs]
-    spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return {"mean": float(np.mean(values)), "sd": spread, "n": len(values), "source": source}
+    return {**_spread(values), "n": len(values), "source": source, "judge_free": _spread(free)}
+
+
+def _spread(values: list[float]) -> dict[str, float | None]:
+    return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None}

@@ -64,7 +64,7 @@ def doctor(task: str, data_root: DataRoot = None, world: World = None, as_json: 
     else:
         table = Table("what", "state", "where, or what to do")
         for finding in findings:
-            table.add_row(finding.what, "ok" if finding.ok else "missing", finding.text)
+            table.add_row(finding.what, "ok" if finding.ok else "missing" if finding.required else "optional", finding.text)
         _console().print(table)
     if not ready:
         raise typer.Exit(1)
@@ -78,12 +78,18 @@ def prepare(
     ] = None,
     student: Annotated[
         Path | None,
-        typer.Option(help="Folder of the public files of the task's student: check them and take them up, then stop"),
+        typer.Option(help="Folder of the public files of the task's student: check them and take them up"),
+    ] = None,
+    suite: Annotated[
+        Path | None, typer.Option(help="Folder of the public files of the task's suite: check them and take them up")
     ] = None,
     data_root: DataRoot = None,
     world: World = None,
 ) -> None:
-    """Make or check a task's pool, suite, audit index and the agent's view; or its student."""
+    """Make or check a task's pool, suite, student, audit index and the agent's view.
+
+    With --student or --suite alone nothing else is made: the audit needs all of them.
+    """
     from curation_env.assets import data_root as root_of
     from curation_env.assets import prepared
     from curation_env.pool import Pool
@@ -95,7 +101,13 @@ def prepare(
 
         with Progress() as progress:
             folder = prepare_student(chosen.student, root_of(data_root), student, progress)
-        print(f"student {chosen.student}: {folder}")
+        print(f"student {chosen.student}: {folder}", flush=True)
+    if suite is not None:
+        from curation_env.evaluation.prepare import take_up_suite
+
+        folder, items = take_up_suite(chosen, root_of(data_root), suite)
+        print(f"suite {chosen.suite}: {folder}; {sum(items.values()):,} items of {len(items)} benchmarks", flush=True)
+    if source is None and (student is not None or suite is not None):
         return
     if source is not None and chosen.pool.kind == "mini":
         raise InvalidSetting(f"task {chosen.name!r} makes its own pool: leave --source out")
@@ -239,6 +251,10 @@ def calibrate(
         row = reference[part]
         cells = (row["base"]["mean"], row["random"]["mean"], row["random"]["sd"], row["seed_sd"], row["full"]["mean"])
         table.add_row(part, *(f"{value:.2f}" for value in cells))
+        free = [row[name]["judge_free"] for name in ("base", "random", "full")]
+        spread = f"{free[1]['sd']:.2f}"
+        means = [f"{one['mean']:.2f}" for one in free]
+        table.add_row("  judge-free", means[0], means[1], spread, "", means[2])
     _console().print(table)
 
 

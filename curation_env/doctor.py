@@ -7,8 +7,9 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from curation_env.assets import data_root, locate
-from curation_env.students import describe
+from curation_env.assets import Assets, data_root, locate
+from curation_env.needs import needs
+from curation_env.students import card_of
 from curation_env.task import Task
 
 #: Modules that the paths of every task import; deepspeed only where training runs in several processes.
@@ -24,7 +25,7 @@ LIBRARIES = (
     "wandb",
     "numpy",
 )
-#: A training seed's checkpoint, caches and a workspace: what a run writes beside its assets.
+#: Caches and a workspace: what a run writes beside its assets and a checkpoint.
 SPACE_GB = 2
 
 
@@ -38,7 +39,7 @@ class Finding(NamedTuple):
 
 
 def examine(name: str, root: Path | None = None, world: int | None = None) -> list[Finding]:
-    """Check assets, libraries, sandbox engines, git and disk space for a task; starts nothing."""
+    """Check assets, libraries, judge, GPU, sandbox engines, git and disk space for a task; starts nothing."""
     task = Task.load(name)
     folder = data_root(root)
     if world is not None:
@@ -46,26 +47,64 @@ def examine(name: str, root: Path | None = None, world: int | None = None) -> li
     elif isinstance(task.pool.world, str):
         task = task.in_world(1)  # any world shows what the family needs
     assets = locate(task, folder)
-    generated = task.pool.kind == "mini"
-    made = "made by the first reset" if generated else f"prepare with: curation-env prepare {name}"
-    findings = [
-        Finding(what, there, str(path) if there else f"{path}: {made}", required=not generated)
-        for what, (path, there) in assets.state().items()
-    ]
-    if not findings[-1].ok:
-        findings[-1] = Finding("student", False, describe(task.student, assets.student, name))
-    if task.pool.kind != "mini":
-        from curation_env.ingest.prepare import state_of
-
-        findings[0] = findings[0]._replace(text=state_of(task.pool, assets.pool))
+    findings = _assets(task, assets, name)
     for library in LIBRARIES:
         there = importlib.util.find_spec(library) is not None
         findings.append(Finding(f"library {library}", there, "installed" if there else "pip install -e ."))
+    findings += _judge(task)
+    if card_of(task.student) is not None:
+        findings.append(_gpu())
     findings += _engines()
     git = shutil.which("git")
     findings.append(Finding("git", git is not None, git or "install git: the trajectory is kept with it"))
-    findings.append(_space(folder))
+    findings.append(_space(folder, assets))
     return findings
+
+
+def _assets(task: Task, assets: Assets, name: str) -> list[Finding]:
+    """The assets, and below one that is missing everything that it is made of."""
+    from curation_env.ingest.prepare import state_of
+
+    findings = []
+    for need in needs(task, assets, name):
+        text = need.text
+        if need.what == "pool" and need.there and task.pool.kind != "mini":
+            text = state_of(task.pool, assets.pool)
+        findings.append(Finding(need.what, need.there, text, required=task.pool.kind != "mini"))
+        findings += [Finding(f"  {part}", False, public) for part, public in need.parts.items()]
+    return findings
+
+
+def _judge(task: Task) -> list[Finding]:
+    """The judge of a suite that is graded by an endpoint of the user's, and the words that it is asked in."""
+    from curation_env.evaluation.wording import SETTING, checkout
+    from curation_env.judge import COMMAND, configured
+
+    wanted = task.suite_config.get("judge") or {"kind": "none"}
+    if wanted["kind"] != "endpoint":
+        return []
+    ready, text = configured(wanted)
+    missing = (
+        f"{wanted['model']} grades open answers: set CURATION_JUDGE_URL to an OpenAI-compatible endpoint that serves it, "
+        f"or {COMMAND} to what starts one on port {{port}}"
+    )
+    own_words = (
+        f"in our own words; for the published ones set {SETTING} to a checkout of open-compass/VLMEvalKit at commit "
+        f"{wanted['prompts']['commit']}"
+    )
+    return [
+        Finding("judge", ready, text or missing),
+        Finding("judge prompts", bool(checkout()), checkout() or own_words, required=False),
+    ]
+
+
+def _gpu() -> Finding:
+    import torch
+
+    if not torch.cuda.is_available():
+        return Finding("GPU", False, "torch finds none: a public student trains on an NVIDIA GPU")
+    names = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
+    return Finding("GPU", True, ", ".join(names))
 
 
 def _engines() -> list[Finding]:
@@ -78,9 +117,11 @@ def _engines() -> list[Finding]:
     ]
 
 
-def _space(folder: Path) -> Finding:
+def _space(folder: Path, assets: Assets) -> Finding:
+    """A checkpoint of a training seed is as large as the init."""
+    needed = SPACE_GB + sum(path.stat().st_size for path in assets.student.glob("*.safetensors")) / 1e9
     place = folder
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free / 1e9
-    return Finding("disk space", free >= SPACE_GB, f"{free:.0f} GB free at {place}, {SPACE_GB} GB needed")
+    return Finding("disk space", free >= needed, f"{free:.0f} GB free at {place}, {needed:.0f} GB needed")

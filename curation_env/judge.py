@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,6 +25,31 @@ START_SECONDS = 60.0
 LOAD_SECONDS = 1800.0  # a large model from a slow disk
 STOP_SECONDS = 30.0
 COMMAND = "CURATION_JUDGE_COMMAND"
+
+
+def configured(wanted: dict[str, Any]) -> tuple[bool, str]:
+    """Whether the judge that a suite asks the user for can be asked, and which it is; starts nothing.
+
+    Args:
+        wanted: The suite's `judge`, of kind "endpoint".
+
+    Returns:
+        (True, which judge), (False, what is wrong with it), or (False, "") where the environment names none.
+    """
+    url, command = os.environ.get("CURATION_JUDGE_URL"), os.environ.get(COMMAND)
+    if url:
+        from curation_env.evaluation.judge import Endpoint, JudgeClient
+
+        try:
+            with JudgeClient(Endpoint(url, wanted["model"], os.environ.get("CURATION_JUDGE_KEY", ""))) as client:
+                client.find()
+        except JudgeUnavailable as error:
+            return False, str(error)
+        return True, f"{wanted['model']} at {url}"
+    words = shlex.split(command or "")
+    if words and shutil.which(words[0]) is None:
+        return False, f"{COMMAND} begins with {words[0]!r}, which is no program here"
+    return bool(words), f"{wanted['model']}, started by {COMMAND} when it is asked" if words else ""
 
 
 class Judge:

@@ -118,15 +118,6 @@ def identity(folder: Path) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def describe(student: str, folder: Path, task: str) -> str:
-    """What brings a student that is not ready: its public names, and the command."""
-    card = card_of(student)
-    if card is None:
-        return f"{folder}: a checkpoint folder with config.json is expected there"
-    there = f" ({RECORD} is missing: nobody has checked what lies there)" if (folder / "config.json").is_file() else ""
-    return f"{folder}{there}: {card.title} ({card.origin}); prepare with: curation-env prepare {task} --student DIR"
-
-
 def prepare_student(student: str, root: Path, source: Path, on_progress: Progress | None = None) -> Path:
     """Take a student's init up from the public files, checked; what lies under the root already is replaced.
 

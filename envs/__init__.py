@@ -20,10 +20,15 @@ def make(task: str, **overrides: Any) -> gym.Env[Any, Any]:
     from curation_env.registry import ENTRIES
     from curation_env.task import Task
 
-    Task.load(task)
+    loaded = Task.load(task)
     for entry in ENTRIES:
         if entry.task == task:
             return gym.make(entry.id, **overrides)
-    from curation_env.envs.mini import MiniEnv  # a test-only task, or one of the user's own, has no id
+    # A test-only task, or one of the user's own, has no id.
+    if loaded.family == "llava":
+        from curation_env.envs.llava import LlavaEnv
+
+        return LlavaEnv(task, **overrides)
+    from curation_env.envs.mini import MiniEnv
 
     return MiniEnv(task, **overrides)

@@ -118,7 +118,7 @@ def test_a_list_leaves_out_what_the_audit_blocks(own):
 def test_another_student_or_version_needs_no_second_pool(own):
     folder, task, assets, _ = own
     images = Task.model_validate({**task.model_dump(), "pool": {"kind": "llava", "text": False}})
-    with pytest.raises(MissingAssets, match=r"lacks:\n  view: .*\nprepare with: curation-env prepare TASK.yaml$"):
+    with pytest.raises(MissingAssets, match=r"lacks:\n  view: .*prepare with: curation-env prepare TASK.yaml, once .*"):
         prepared(images, folder / "root")  # an audit takes long, so a reset does not begin one
     made = prepared(images, folder / "root", make=True)
     assert made.pool.name == "llava-images"

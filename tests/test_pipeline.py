@@ -316,6 +316,10 @@ def test_calibration_measures_every_part(make):
         row = reference[part]
         assert row["random"]["n"] == 2
         assert row["base"]["mean"] < row["full"]["mean"]
+        free = [row[name]["judge_free"] for name in ("base", "random", "full")]
+        assert all(0 <= one["mean"] <= 100 for one in free)
+        assert (free[0]["sd"], free[1]["sd"] is not None) == (None, True)
+        assert free[1]["mean"] != row["random"]["mean"]
         assert "curation-env calibrate nano" in row["full"]["source"]
 
 

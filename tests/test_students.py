@@ -24,6 +24,7 @@ from curation_env.cli import app
 from curation_env.doctor import examine
 from curation_env.errors import MissingAssets, TaskMismatch
 from curation_env.executor import LocalExecutor
+from curation_env.ingest.catalog import Catalog
 from curation_env.judge import Judge
 from curation_env.pipeline import Pipeline
 from curation_env.registry import ENTRIES
@@ -221,7 +222,11 @@ def test_recipes_are_the_published_ones() -> None:
         assert mended.hash == new.hash
 
 
-def test_there_are_eight_real_tasks(tmp_path: Path) -> None:
+def test_doctor_and_reset_list_everything_that_the_eight_real_tasks_lack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("CURATION_JUDGE_URL", "CURATION_JUDGE_COMMAND", "CURATION_VLMEVALKIT"):
+        monkeypatch.delenv(name, raising=False)
     assert len(REAL) == 8
     for entry in REAL:
         task = Task.load(entry.task)
@@ -234,9 +239,18 @@ def test_there_are_eight_real_tasks(tmp_path: Path) -> None:
         text = str(caught.value)
         card = card_of(task.student)
         assert card is not None
-        assert card.origin in text
-        assert f"curation-env prepare {entry.task} --student DIR" in text
-        assert all(word in text for word in (task.pool.kind, "vlm8-v1", "view"))
+        public = [card.public] if card.public else list(card.parts.values())
+        public += Catalog.load(task.pool.kind).public.values()  # type: ignore[arg-type]
+        public += [f"{one['url']}, md5 {one['md5']}" for one in task.suite_config["benchmarks"].values()]
+        public += [f"prepare {entry.task} --{option} DIR" for option in ("source", "suite", "student")]
+        public += [str(tmp_path / folder) for folder in ("pools", "suites", "views", "students")]
+        assert [name for name in public if name not in text] == []
+        findings = examine(entry.task, tmp_path)
+        shown = "\n".join(finding.text for finding in findings if not finding.ok)
+        assert [name for name in public if name not in shown] == []
+        missing = {finding.what.strip() for finding in findings if finding.required and not finding.ok}
+        assert missing >= {"pool", "suite", "view", "student", "judge"}
+        assert {finding.what for finding in findings} >= {"GPU", "judge prompts"}
         env.close()
     sizes = [Task.load("llava", rows=rows) for rows in (20_000, 50_000, 100_000, 665_298)]
     assert len({task.hash for task in [Task.load("llava"), *sizes]}) == 5

@@ -49,7 +49,7 @@ class JudgeClient:
         version: After `probe`, what the endpoint says that it is: model, owner, context, the name that it answers as.
 
     Raises:
-        JudgeUnavailable: The address is malformed; from `probe` and `ask`, when the endpoint can't be reached, refuses,
+        JudgeUnavailable: The address is malformed; from `find`, `probe` and `ask`, when the endpoint can't be reached, refuses,
             or answers nonsense after retries with growing waits (and temperature, from the second attempt on).
     """
 
@@ -76,8 +76,8 @@ class JudgeClient:
     def __exit__(self, *exception: object) -> None:
         self._client.clear()
 
-    def probe(self, request: JudgeRequest) -> None:
-        """Check that the endpoint serves the model and answers `request` acceptably; keep its version."""
+    def find(self) -> None:
+        """Check that the endpoint serves the model, which it is not asked anything; keep its version."""
         listed = self._send("GET", "models")
         try:
             served = {entry["id"]: entry for entry in listed["data"]}
@@ -86,6 +86,10 @@ class JudgeClient:
         if self.endpoint.model not in served:
             raise self._unavailable(f"it does not serve {self.endpoint.model!r}, only {', '.join(map(str, served))}")
         self.version = {key: value for key, value in served[self.endpoint.model].items() if key in _VERSION}
+
+    def probe(self, request: JudgeRequest) -> None:
+        """Check that the endpoint serves the model and answers `request` acceptably; keep its version."""
+        self.find()
         self._answer(request)
 
     @property

@@ -8,11 +8,32 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from curation_env.errors import MissingAssets
+from curation_env.assets import locate
+from curation_env.errors import InvalidSetting, MissingAssets
 from curation_env.evaluation.split import write_split
 from curation_env.evaluation.suite import Suite, check_public
+from curation_env.locks import locked
+
+if TYPE_CHECKING:
+    from curation_env.task import Task
+
+
+def take_up_suite(task: Task, root: Path, source: Path) -> tuple[Path, dict[str, int]]:
+    """Prepare a task's suite under a data root of the user's files; returns its folder and the items by benchmark.
+
+    Raises:
+        InvalidSetting: The task's suite is not made of public files.
+        MissingAssets, TaskMismatch, StageFailed: As `prepare_suite`.
+    """
+    if task.suite.startswith("mini-"):
+        raise InvalidSetting(f"task {task.name!r} makes its own suite: leave --suite out")
+    folder = locate(task, root).suite
+    root.mkdir(parents=True, exist_ok=True)
+    with locked(root / ".prepare.lock", mode=0o666):
+        prepare_suite(source, folder, task.suite_config)
+    return folder, json.loads((folder / "meta.json").read_text())["items"]
 
 
 def prepare_suite(source: str | Path, folder: str | Path, suite: dict[str, Any]) -> str:

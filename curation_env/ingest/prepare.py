@@ -59,11 +59,9 @@ def prepare_pool(
 
 
 def state_of(pool: PublicPool, path: Path) -> str:
-    """How much of the published pool is there, and which public files would bring the rest; or what makes it."""
+    """How much of the published pool is in the pool at `path`, and which public files would bring the rest."""
     catalog = Catalog.load(pool.kind)
     report = read_report(path)
-    if not report:
-        return f"{path}: prepare with: curation-env prepare TASK --source DIR. {catalog.layout()}"
     lacking = {source for source, entry in report["sources"].items() if entry["faults"]}
     images = ((file, name) for file, name in catalog.public.items() if file != catalog.records)
     # Where sources are no folders, any of them may lack images.

@@ -48,7 +48,9 @@ def run_table(run: Run) -> Table:
                 mean, sd = part[name]["mean"], part[name].get("sd")  # one run alone has no spread
                 gain = gain_recovered(task, mean, base)
                 spread = "" if sd is None else f"{sd:.2f}"
-                table.add_row(label, *blanks, f"{mean:.2f}", "", spread, _percent(gain), "", style="dim")
+                free = part[name].get("judge_free")  # references from before it was measured have none
+                shown = "" if free is None else f"{free['mean']:.2f}"
+                table.add_row(label, *blanks, f"{mean:.2f}", shown, spread, _percent(gain), "", style="dim")
     best = state.history[state.best]
     assert best.average is not None
     table.caption = (

@@ -64,7 +64,9 @@ def doctor(task: str, data_root: DataRoot = None, world: World = None, as_json: 
     else:
         table = Table("what", "state", "where, or what to do")
         for finding in findings:
-            table.add_row(finding.what, "ok" if finding.ok else "missing" if finding.required else "optional", finding.text)
+            table.add_row(
+                finding.what, "ok" if finding.ok else "missing" if finding.required else "optional", finding.text
+            )
         _console().print(table)
     if not ready:
         raise typer.Exit(1)

@@ -85,8 +85,8 @@ def _judge(task: Task) -> list[Finding]:
         return []
     ready, text = configured(wanted)
     missing = (
-        f"{wanted['model']} grades open answers: set CURATION_JUDGE_URL to an OpenAI-compatible endpoint that serves it, "
-        f"or {COMMAND} to what starts one on port {{port}}"
+        f"{wanted['model']} grades open answers: set CURATION_JUDGE_URL to an OpenAI-compatible endpoint that serves "
+        f"it, or {COMMAND} to what starts one on port {{port}}"
     )
     own_words = (
         f"in our own words; for the published ones set {SETTING} to a checkout of open-compass/VLMEvalKit at commit "

@@ -168,7 +168,8 @@ class _LocalServer:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self._port = free.getsockname()[1]
-        self._log.truncate(0)
+        self._log.seek(0)  # the next one writes where this file stands
+        self._log.truncate()
         words = shlex.split(self.command.replace("{port}", str(self._port)))
         try:
             self._process = subprocess.Popen(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from curation_env.errors import MissingAssets, TaskMismatch
 from curation_env.evaluation.scorers import make_scorer
@@ -141,3 +142,13 @@ def test_a_suite_without_such_prompts_stays_as_it_is(checkout: Path, monkeypatch
     monkeypatch.setenv(SETTING, str(checkout / "nowhere"))
     assert Task.load("nano").hash == before
     assert Task.load("nano").suite_title == "mini-v1"
+
+
+def test_the_suite_without_a_judge_is_the_five_that_rules_grade() -> None:
+    eight, five = (
+        yaml.safe_load((conf_dir() / "suite" / f"{name}.yaml").read_text()) for name in ("vlm8-v1", "vlm5-v1")
+    )
+    free = {name: one for name, one in eight["benchmarks"].items() if not one["judge"]}
+    assert five["benchmarks"] == free
+    assert five["spreadsheets"] is eight["spreadsheets"] is True
+    assert "judge" not in five

@@ -49,8 +49,8 @@ class JudgeClient:
         version: After `probe`, what the endpoint says that it is: model, owner, context, the name that it answers as.
 
     Raises:
-        JudgeUnavailable: The address is malformed; from `find`, `probe` and `ask`, when the endpoint can't be reached, refuses,
-            or answers nonsense after retries with growing waits (and temperature, from the second attempt on).
+        JudgeUnavailable: The address is malformed; from `find`, `probe` and `ask`, when the endpoint can't be reached,
+            refuses, or answers nonsense after retries with growing waits (and temperature, from the second attempt on).
     """
 
     def __init__(self, endpoint: Endpoint, first_wait: float = FIRST_WAIT, journal: Path | None = None) -> None:

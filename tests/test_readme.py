@@ -36,3 +36,11 @@ def test_every_command_of_the_readme_exists():
     assert names
     assert all(name in listed for name in names)
     assert all((ROOT / link).exists() for link in re.findall(r"\]\(([\w./]+)\)", README))
+
+
+def test_files_that_the_pages_on_the_real_task_cite_exist():
+    for page in ("llava.md", "fidelity.md"):
+        text = (ROOT / "docs" / page).read_text()
+        cited = set(re.findall(r"`((?:conf|curation_env|tests|experiments|docs)/[\w./*-]+)`", text))
+        assert [name for name in cited if not list(ROOT.glob(name.rstrip("/")))] == []
+        assert cited

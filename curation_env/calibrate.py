@@ -81,8 +81,9 @@ def calibrate(
 def _summary(task: Task, runs: list[Scores], part: str, source: str) -> dict[str, Any]:
     free = [judge_free_mean(task, scores.parts[part]) for scores in runs]
     values = [scores.mean(part) for scores in runs]
-    return {**_spread(values), "n": len(values), "source": source, "judge_free": _spread(free)}
+    return {**spread(values), "n": len(values), "source": source, "judge_free": spread(free)}
 
 
-def _spread(values: list[float]) -> dict[str, float | None]:
+def spread(values: list[float]) -> dict[str, float | None]:
+    """Mean and standard deviation of runs; one alone has no spread."""
     return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None}

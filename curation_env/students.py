@@ -162,14 +162,17 @@ def _fill(card: Card, source: Path, folder: Path, on_progress: Progress | None) 
     else:
         _take_up(card, source, folder)
         made_of = {card.public: "as it was given; whether it is the published one, the sha256 of its files tell"}
-    check_shape(card, folder)
+    check_shape(card, folder, source)
     files = {path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in sorted(folder.iterdir())}
     record = {"name": card.name, "title": card.title, "made_of": made_of, "files": files}
     (folder / RECORD).write_text(json.dumps(record, indent=1))
 
 
-def check_shape(card: Card, folder: Path) -> None:
+def check_shape(card: Card, folder: Path, shown: Path) -> None:
     """Compare a checkpoint's configuration with a card.
+
+    Args:
+        shown: Where it lies in the user's eyes.
 
     Raises:
         TaskMismatch: It is of another architecture or size.
@@ -179,16 +182,16 @@ def check_shape(card: Card, folder: Path) -> None:
 
     found = json.loads((folder / "config.json").read_text()).get("model_type")
     if found != card.model_type:
-        raise TaskMismatch(f"{folder} is a {found!r}, {card.title} is a {card.model_type!r}: get {card.origin}")
+        raise TaskMismatch(f"{shown} is a {found!r}, {card.title} is a {card.model_type!r}: get {card.origin}")
     text = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
     for name, expected in card.shape.items():
         if getattr(text, name) != expected:
             raise TaskMismatch(
-                f"{folder} has {name} {getattr(text, name):,}, {card.title} has {expected:,}: get {card.origin}"
+                f"{shown} has {name} {getattr(text, name):,}, {card.title} has {expected:,}: get {card.origin}"
             )
     for names in (("tokenizer.json",), ("preprocessor_config.json", "processor_config.json")):
         if not any((folder / name).is_file() for name in names):
-            raise MissingAssets(f"{folder} has no {' or '.join(names)}: get all files of {card.origin}")
+            raise MissingAssets(f"{shown} has no {' or '.join(names)}: get all files of {card.origin}")
 
 
 def file_hash(path: Path) -> str:

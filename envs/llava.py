@@ -14,7 +14,7 @@ class LlavaEnv(CurationEnv):
     A pool of instruction data (LLaVA-665K, Vision-Flan), a student before or after its own instruction tuning, its
     published fine-tune (`conf/recipe/`), and eight benchmarks. An iteration needs a GPU of 80 GB. Pool,
     suite and student are public files that each user brings: `curation-env doctor TASK` names what is missing, and
-    docs/students.md says how a student is prepared.
+    docs/llava.md leads from those files to the first iteration.
 
     Actions, observations, reward, episode end and info are `CurationEnv`'s. Other budgets go by `rows=`: the published
     ones are 10,000, 20,000, 50,000 and 100,000; a number from the pool's size on allows the whole pool.

@@ -153,6 +153,7 @@ def test_a_task_file_of_one_s_own(tmp_path):
         with pytest.raises(TaskFileError, match=words):
             Task.load(str(tmp_path / "bad.yaml"))
     assert "no pool at" in run("prepare", _own(tmp_path), "--data-root", tmp_path, expect=2)
+    assert "leave --suite out" in run("prepare", "nano", "--suite", tmp_path, expect=2)
     assert "leave --source out" in run("prepare", "nano", "--source", tmp_path, expect=2)
 
 

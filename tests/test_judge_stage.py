@@ -14,7 +14,7 @@ import yaml
 from curation_env.assets import prepared
 from curation_env.errors import JudgeUnavailable
 from curation_env.executor import LocalExecutor
-from curation_env.judge import COMMAND, Judge
+from curation_env.judge import COMMAND, Judge, configured
 from curation_env.mini.judge import MODEL, serve
 from curation_env.pipeline import Pipeline
 from curation_env.task import Task, conf_dir
@@ -110,3 +110,24 @@ def test_a_local_judge_that_does_not_start_says_why(
     monkeypatch.setenv(COMMAND, command)
     with judge.serving(), pytest.raises(JudgeUnavailable, match=words):
         judge.endpoint({"judge": {"kind": "endpoint", "model": "m"}})
+
+
+def test_what_is_configured_is_told_without_starting_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = {"kind": "endpoint", "model": MODEL}
+    for name in (COMMAND, "CURATION_JUDGE_URL", "CURATION_JUDGE_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    assert configured(wanted) == (False, "")
+    monkeypatch.setenv(COMMAND, STARTS)
+    assert configured(wanted) == (True, f"{MODEL}, started by {COMMAND} when it is asked")
+    monkeypatch.setenv(COMMAND, "no-such-program --port {port}")
+    assert configured(wanted) == (False, f"{COMMAND} begins with 'no-such-program', which is no program here")
+    server = serve()
+    try:
+        monkeypatch.setenv("CURATION_JUDGE_URL", server.url)  # an address goes before a command
+        assert configured(wanted) == (True, f"{MODEL} at {server.url}")
+        ready, said = configured({**wanted, "model": "another"})
+        assert not ready
+        assert f"does not serve 'another', only {MODEL}" in said
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -25,7 +25,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 from policies import CARELESS, HAND_WRITTEN, Facts, Policy, oracle, random_rows, random_tokens
 
-from curation_env.calibrate import open_pipeline
+from curation_env.calibrate import open_pipeline, spread
+from curation_env.feedback import judge_free_mean
 from curation_env.pipeline import PARTS, Pipeline
 from curation_env.submission import Submission
 from curation_env.task import Task
@@ -150,6 +151,10 @@ class Floor:
         """Means of the runs with the first training seed."""
         return [r["mean"][self.part] for r in self.runs if r["policy"] == policy and r["training"] == 0]
 
+    def scores(self, policy: str) -> list[dict[str, float]]:
+        """Scores by benchmark of the same runs."""
+        return [r["scores"][self.part] for r in self.runs if r["policy"] == policy and r["training"] == 0]
+
     def sds(self, policy: str) -> float:
         """How far a policy's mean lies above random's, in random-run standard deviations."""
         return (float(np.mean(self.means(policy))) - self.random) / self.sd
@@ -245,15 +250,15 @@ def promises(floors: dict[int, Floor]) -> tuple[bool, str]:
 
 def reference(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """What the task ships for a world: base, random and full on each part of the items, each with its source."""
-    source = "experiments/mini/noise_floor.py"
+    source, task = "experiments/mini/noise_floor.py", Task.load("mini")
     shipped: dict[str, Any] = {}
     for part in PARTS:
         floor = Floor(runs, part)
 
         def summary(policy: str, floor: Floor = floor) -> dict[str, Any]:
             values = floor.means(policy)
-            spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
-            return {"mean": float(np.mean(values)), "sd": spread, "n": len(values), "source": source}
+            free = [judge_free_mean(task, scores) for scores in floor.scores(policy)]
+            return {**spread(values), "n": len(values), "source": source, "judge_free": spread(free)}
 
         shipped[part] = {name: summary(name) for name in ("base", "random", "full")} | {"seed_sd": floor.seed_sd}
     return shipped

@@ -57,7 +57,8 @@ def calibrate(
 
     Returns:
         For each part: base, random and full ({mean, sd, n, source, judge_free: {mean, sd}}, of the runs' means over all
-        benchmarks and over those that no judge grades), and `seed_sd`, the spread that training seeds alone make.
+        benchmarks and over those that no judge grades), and `seed_sd` and `judge_free_seed_sd`, the spread that
+        training seeds alone make.
     """
     task = pipeline.task
     listed = task.recipe_config["seeds"][:seeds]
@@ -72,7 +73,8 @@ def calibrate(
             "base": _summary(task, [base], part, source),
             "random": _summary(task, random, part, source),
             "full": _summary(task, full, part, source),
-            "seed_sd": float(np.std([scores.mean(part) for scores in repeated], ddof=1)),
+            "seed_sd": spread([scores.mean(part) for scores in repeated])["sd"],
+            "judge_free_seed_sd": spread([judge_free_mean(task, scores.parts[part]) for scores in repeated])["sd"],
         }
         for part in PARTS
     }

@@ -254,9 +254,8 @@ def calibrate(
         cells = (row["base"]["mean"], row["random"]["mean"], row["random"]["sd"], row["seed_sd"], row["full"]["mean"])
         table.add_row(part, *(f"{value:.2f}" for value in cells))
         free = [row[name]["judge_free"] for name in ("base", "random", "full")]
-        spread = f"{free[1]['sd']:.2f}"
-        means = [f"{one['mean']:.2f}" for one in free]
-        table.add_row("  judge-free", means[0], means[1], spread, "", means[2])
+        cells = (free[0]["mean"], free[1]["mean"], free[1]["sd"], row["judge_free_seed_sd"], free[2]["mean"])
+        table.add_row("  judge-free", *(f"{value:.2f}" for value in cells))
     _console().print(table)
 
 

@@ -319,6 +319,7 @@ def test_calibration_measures_every_part(make):
         free = [row[name]["judge_free"] for name in ("base", "random", "full")]
         assert all(0 <= one["mean"] <= 100 for one in free)
         assert (free[0]["sd"], free[1]["sd"] is not None) == (None, True)
+        assert row["judge_free_seed_sd"] >= 0
         assert free[1]["mean"] != row["random"]["mean"]
         assert "curation-env calibrate nano" in row["full"]["source"]
 

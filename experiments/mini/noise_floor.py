@@ -143,8 +143,8 @@ class Floor:
         random = self.means("random")
         self.base, self.full = float(np.mean(self.means("base"))), float(np.mean(self.means("full")))
         self.random, self.sd = float(np.mean(random)), float(np.std(random, ddof=1))
-        seeds = [r["mean"][part] for r in runs if r["policy"] == "random" and r["seed"] == 0]
-        self.seed_sd = float(np.std(seeds, ddof=1))
+        self.repeated = [r for r in runs if r["policy"] == "random" and r["seed"] == 0]
+        self.seed_sd = float(np.std([r["mean"][part] for r in self.repeated], ddof=1))
         self.gap = self.full - self.base
 
     def means(self, policy: str) -> list[float]:
@@ -260,7 +260,10 @@ def reference(runs: list[dict[str, Any]]) -> dict[str, Any]:
             free = [judge_free_mean(task, scores) for scores in floor.scores(policy)]
             return {**spread(values), "n": len(values), "source": source, "judge_free": spread(free)}
 
-        shipped[part] = {name: summary(name) for name in ("base", "random", "full")} | {"seed_sd": floor.seed_sd}
+        shipped[part] = {name: summary(name) for name in ("base", "random", "full")} | {
+            "seed_sd": floor.seed_sd,
+            "judge_free_seed_sd": spread([judge_free_mean(task, r["scores"][part]) for r in floor.repeated])["sd"],
+        }
     return shipped
 
 

@@ -57,7 +57,7 @@ def examine(name: str, root: Path | None = None, world: int | None = None) -> li
     findings += _engines()
     git = shutil.which("git")
     findings.append(Finding("git", git is not None, git or "install git: the trajectory is kept with it"))
-    findings.append(_space(folder, assets))
+    findings.append(_space(folder, task, assets))
     return findings
 
 
@@ -117,9 +117,13 @@ def _engines() -> list[Finding]:
     ]
 
 
-def _space(folder: Path, assets: Assets) -> Finding:
-    """A checkpoint of a training seed is as large as the init."""
+def _space(folder: Path, task: Task, assets: Assets) -> Finding:
+    """What a run writes, and a pool that is yet to be made; a checkpoint of a training seed is as large as the init."""
+    from curation_env.ingest.catalog import Catalog
+
     needed = SPACE_GB + sum(path.stat().st_size for path in assets.student.glob("*.safetensors")) / 1e9
+    if task.pool.kind != "mini" and not assets.state()["pool"][1]:
+        needed += Catalog.load(task.pool.kind).gigabytes
     place = folder
     while not place.exists():
         place = place.parent

@@ -79,8 +79,9 @@ def _source(what: str, task: Task, assets: Assets, name: str) -> tuple[str, dict
         if card is None:
             return "a checkpoint folder with config.json is expected there", {}
         left = f"{RECORD} is missing, so nobody has checked what lies there; " if _has_config(assets) else ""
-        parts = card.parts or {"every file": card.public}
-        return f"{left}{prepare} --student DIR, the folder of {card.title}, which holds", dict(parts)
+        if card.public:
+            return f"{left}{prepare} --student DIR, a folder with every file of {card.public}", {}
+        return f"{left}{prepare} --student DIR, the folder of {card.title}, which holds", dict(card.parts)
     if what == "view" and task.pool.kind != "mini":
         return f"{prepare}, once the others are there (the audit of the whole pool)", {}
     return prepare if task.pool.kind != "mini" else f"made by the first reset, or {prepare}", {}

@@ -19,6 +19,7 @@ class Catalog(BaseModel):
         images: Folder that the records' image paths are relative to, in the source folder.
         public: Everything that must lie in the source folder, with its name where it is published.
         rows: Rows by source in the published file; empty where nobody has counted.
+        gigabytes: Disk space that the pool takes; 0 where nobody knows.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -28,6 +29,7 @@ class Catalog(BaseModel):
     images: str
     public: dict[str, str]
     rows: dict[str, int]
+    gigabytes: float = 0
 
     @classmethod
     def load(cls, kind: str) -> Catalog:

@@ -250,7 +250,8 @@ def test_doctor_and_reset_list_everything_that_the_eight_real_tasks_lack(
         assert [name for name in public if name not in shown] == []
         missing = {finding.what.strip() for finding in findings if finding.required and not finding.ok}
         assert missing >= {"pool", "suite", "view", "student", "judge"}
-        assert {finding.what for finding in findings} >= {"GPU", "judge prompts"}
+        assert "judge prompts" in {finding.what for finding in findings}
+        assert any(finding.what.startswith("GPU") for finding in findings)
         env.close()
     sizes = [Task.load("llava", rows=rows) for rows in (20_000, 50_000, 100_000, 665_298)]
     assert len({task.hash for task in [Task.load("llava"), *sizes]}) == 5

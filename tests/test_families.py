@@ -148,7 +148,8 @@ def test_greedy_answers_are_those_of_transformers_generate(
     packed = Student.load(init, recipe, CPU, attention="packed")
     packed.model.requires_grad_(False)
     with torch.inference_mode():
-        assert static.decode(packed, prompts, features, ends) == answers  # what a GPU records as a graph
+        # What a GPU records as a graph.
+        assert static.Decoder(packed, [prompts]).decode(prompts, features, ends) == answers
     monkeypatch.setattr(generation, "FEATURE_BYTES", 0)
     monkeypatch.setattr(generation, "PROMPTS_PER_WINDOW", 2)
     streamed = suite_features(student, encoder, prompts, images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,7 +18,8 @@ ROWS_PER_BATCH = {"cpu": 128, "cuda": 2048}
 TOKENS_PER_BATCH = 16_384  # on a CPU: what its caches like
 FEATURE_BYTES = 16 << 30  # features of a suite's images up to here are kept, for the next checkpoint with this tower
 PROMPTS_PER_WINDOW = 16  # whose images are in memory at a time, where those of the suite are not
-CACHE_SHARE = 0.5  # of a GPU's free memory, for the keys and values of a batch
+LENGTH_STEP = 64  # a GPU's batches are as long as a multiple of this: few shapes, so few recordings
+CACHE_SHARE = 0.7  # of a GPU's free memory, for the keys and values of a batch
 
 
 class Prompt(NamedTuple):
@@ -53,13 +55,17 @@ def generate(
     """
     from curation_env.evaluation import static
 
-    decode = static.decode if student.any_length else _decode
     ends = [end_token, *stop_tokens]
     answers: list[list[int]] = [[] for _ in prompts]
+    cut = list(batches(prompts, *batch_limits(student), LENGTH_STEP if student.any_length else 1))
+    if student.any_length:
+        decode = static.Decoder(student, [[prompts[k] for k in batch] for batch in cut]).decode
+    else:
+        decode = functools.partial(_decode, student)
     done = 0
-    for batch in batches(prompts, *batch_limits(student)):
+    for batch in cut:
         with torch.inference_mode():
-            for index, tokens in zip(batch, decode(student, [prompts[k] for k in batch], features, ends), strict=True):
+            for index, tokens in zip(batch, decode([prompts[k] for k in batch], features, ends), strict=True):
                 answers[index] = tokens
         done += len(batch)
         if on_progress:
@@ -105,23 +111,32 @@ def head_width(text: Any) -> int:
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
-def batches(prompts: Sequence[Prompt], max_rows: int, max_tokens: int) -> Iterator[list[int]]:
-    """Yield indices of prompts with similar answer limits and lengths; one that is too long stands alone."""
+def padded_length(n: int, step: int = LENGTH_STEP) -> int:
+    """Tokens that a prompt of `n` takes in a batch: the next multiple of `step`."""
+    return -(-n // step) * step
+
+
+def batches(prompts: Sequence[Prompt], max_rows: int, max_tokens: int, step: int = 1) -> Iterator[list[int]]:
+    """Yield indices of prompts with similar answer limits and lengths; one that is too long stands alone.
+
+    Args:
+        max_tokens: Of a batch, its prompts padded to a multiple of `step` and answers included.
+    """
     order = sorted(range(len(prompts)), key=lambda k: (prompts[k].max_new_tokens, len(prompts[k].tokens), k))
     batch: list[int] = []
     longest = 0
     for k in order:
-        longest = max(longest, len(prompts[k].tokens))
+        longest = max(longest, padded_length(len(prompts[k].tokens), step))
         padded = (len(batch) + 1) * (longest + prompts[k].max_new_tokens)
         if batch and (len(batch) == max_rows or padded > max_tokens):
             yield batch
-            batch, longest = [], len(prompts[k].tokens)
+            batch, longest = [], padded_length(len(prompts[k].tokens), step)
         batch.append(k)
     if batch:
         yield batch
 
 
-def _decode(student: Student, prompts: list[Prompt], features: Features, ends: list[int]) -> list[list[int]]:
+def _decode(student: Student, prompts: Sequence[Prompt], features: Features, ends: Sequence[int]) -> list[list[int]]:
     from transformers import DynamicCache
 
     longest = max(len(prompt.tokens) for prompt in prompts)
@@ -176,7 +191,7 @@ def _decode(student: Student, prompts: list[Prompt], features: Features, ends: l
         following = following + 1
 
 
-def _embed(student: Student, tokens: torch.Tensor, prompts: list[Prompt], features: Features) -> torch.Tensor:
+def _embed(student: Student, tokens: torch.Tensor, prompts: Sequence[Prompt], features: Features) -> torch.Tensor:
     slots = (tokens.flatten() == student.parts.image_token).nonzero()[:, 0]
     images = [features[key] for prompt in prompts for key in prompt.images]
     flat = student.embed(tokens.flatten().to(student.device), slots.to(student.device), images)

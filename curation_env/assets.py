@@ -88,7 +88,7 @@ def _pool_key(task: Task) -> str:
 def _suite_key(task: Task) -> str:
     from curation_env.mini.suite import suite_key
 
-    return suite_key(_suite_scale(task)) if task.suite.startswith("mini-") else task.suite
+    return suite_key(_suite_scale(task)) if task.suite.startswith("mini-") else task.suite_config["name"]
 
 
 def _suite_scale(task: Task) -> Scale:

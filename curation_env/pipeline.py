@@ -334,6 +334,7 @@ class Pipeline:
         rows = len(submission.ids) * self.task.recipe_config["epochs"]
         with _timed(seconds, "train"):
             result = self._run("train", lambda: payload, rows, on_progress)
+        _note_parts(seconds, "train", result)
         trained = Path(result["checkpoint"])
         if trained != out / "checkpoint":
             trained.rename(out / "checkpoint")
@@ -351,11 +352,13 @@ class Pipeline:
         if judge is None or (suite.get("judge") or {}).get("kind") != "endpoint":
             with _timed(seconds, "evaluate"):
                 result = self._run("evaluate", lambda: {**asking(), **student}, items, on_progress)
+            _note_parts(seconds, "evaluate", result)
         else:
             # One that is there already is probed before anything is generated.
             there = (lambda: {**common, **student}) if judge.is_local else (lambda: {**asking(), **student})
             with _timed(seconds, "evaluate"):
-                self._run("answer", there, items, on_progress)
+                answered = self._run("answer", there, items, on_progress)
+            _note_parts(seconds, "evaluate", answered)
             with _timed(seconds, "judge"), judge.serving():
                 result = self._run("grade", asking, items, on_progress)
         scores = _checked_scores(result, self.task)
@@ -502,6 +505,13 @@ def _processor() -> str:
     import platform
 
     return platform.processor() or platform.machine()
+
+
+def _note_parts(seconds: dict[str, float], stage: str, result: dict[str, Any]) -> None:
+    """Add what the parts of a stage took, as its worker measured them, to `seconds["<stage>: <part>"]`."""
+    for part, value in result["seconds"].items():
+        name = f"{stage}: {part}"
+        seconds[name] = seconds.get(name, 0.0) + value
 
 
 class _timed:

@@ -219,7 +219,8 @@ def _hash_of_files(folder: Path) -> str:
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             hasher.update(path.relative_to(folder).as_posix().encode() + b"\0")
-            hasher.update(hashlib.sha256(path.read_bytes()).digest())
+            with path.open("rb") as file:  # weights of a large student are more than belongs into memory
+                hasher.update(hashlib.file_digest(file, "sha256").digest())
     return hasher.hexdigest()
 
 

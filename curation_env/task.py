@@ -99,6 +99,7 @@ class Task(_Strict):
 
     Attributes:
         rows: Most rows of a submission. tokens: most supervised tokens, or None.
+        suite: Name of a suite, or the path of a suite file of your own: it ends in `.yaml`.
         seeds: Training runs per iteration, with the first seeds of the recipe's list; scores are their mean.
         feedback: "split" shows scores on feedback items; "all" on all items (the published protocol).
         detail: What the agent sees of an iteration: scores, scores by category, or its own outputs by item.
@@ -145,7 +146,7 @@ class Task(_Strict):
             TaskFileError: A field is unknown or has a wrong value.
         """
         if name.endswith(".yaml"):
-            fields = _own_file(Path(name))
+            fields = _own_file(Path(name), "task")
         elif name in task_names():
             fields = _yaml("task", name)
         else:
@@ -192,7 +193,8 @@ class Task(_Strict):
     def suite_config(self) -> dict[str, Any]:
         from curation_env.evaluation.wording import resolved
 
-        return resolved(_yaml("suite", self.suite))
+        own = self.suite.endswith(".yaml")
+        return resolved(_own_file(Path(self.suite), "suite") if own else _yaml("suite", self.suite))
 
     @property
     def suite_title(self) -> str:
@@ -316,14 +318,14 @@ def _yaml(group: str, name: str) -> dict[str, Any]:
     return copy.deepcopy(read_yaml(path))  # parsed once; what is handed out may be changed
 
 
-def _own_file(path: Path) -> dict[str, Any]:
-    """The fields of a task file that does not ship with the package."""
+def _own_file(path: Path, group: str) -> dict[str, Any]:
+    """The fields of a task file or a suite file that does not ship with the package."""
     try:
         fields = yaml.safe_load(path.read_text())
     except FileNotFoundError:
-        raise UnknownTask(f"no task file {path}") from None
+        raise (UnknownTask if group == "task" else TaskFileError)(f"no {group} file {path}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise TaskFileError(f"task file {path} can't be read: {' '.join(str(error).split())}") from error
+        raise TaskFileError(f"{group} file {path} can't be read: {' '.join(str(error).split())}") from error
     if not isinstance(fields, dict):
-        raise TaskFileError(f"task file {path} holds no fields: it looks like those in conf/task/")
+        raise TaskFileError(f"{group} file {path} holds no fields: it looks like those in conf/{group}/")
     return fields

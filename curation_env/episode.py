@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from curation_env.policy import PolicyRun
 
 MAX_POLICY_BYTES = 1_000_000
+NOTE_SECONDS = 30.0  # between two notes in the journal of how far a stage is
 NO_MORE_POLICIES = "the iterations of this episode are used up: no further policy is played"
 
 
@@ -91,7 +92,7 @@ class Episode:
         self.final_choice = final_choice
         self.on_progress = on_progress
         self.busy = threading.RLock()  # signals and checks are asked for by the session's threads
-        self._started = time.monotonic()
+        self._started = self._told_at = time.monotonic()
         self.ledger = Ledger(run_dir)
         try:
             self._feedback = FeedbackFolder(run_dir / "feedback")
@@ -310,8 +311,16 @@ class Episode:
         if run.submission is None:
             raise PolicyFailed(_with_output("the policy selected nothing: call curation.select(ids)", run.output))
         with self.busy:
-            outcome = self.pipeline.score(run.submission, self.on_progress)
+            outcome = self.pipeline.score(run.submission, self._told)
         return self._scored(number, source, run, outcome)
+
+    def _told(self, event: dict[str, Any]) -> None:
+        """Show how far a stage is, with its loss while it trains, and note it in the journal every so often."""
+        if time.monotonic() - self._told_at >= NOTE_SECONDS:
+            self._told_at = time.monotonic()
+            self.ledger.event("progress", **event)
+        if self.on_progress:
+            self.on_progress(event)
 
     def _run_policy(self, source: str, number: int) -> PolicyRun:
         from curation_env.policy import run_policy
@@ -463,7 +472,7 @@ class Episode:
             final_choice=self.final_choice,
             sandbox=self._place.kind,
         )
-        outcome = self.pipeline.base(self.on_progress)
+        outcome = self.pipeline.base(self._told)
         part = shown_part(self.task)
         commit = self._commit(0, "iteration 0: base", outcome, {})
         self.state.history.append(

@@ -204,6 +204,22 @@ def test_waiting_tickets_are_journaled_once(nano, tmp_path):
 # ---------------------------------------------------------------------- refusals and the end
 
 
+def test_the_journal_says_how_far_training_is_and_with_what_loss(nano, monkeypatch):
+    monkeypatch.setattr("curation_env.episode.NOTE_SECONDS", 0.0)
+    shown = []
+    env = nano(cache=False)
+    env.unwrapped.on_progress = shown.append
+    env.reset(seed=1)
+    env.step(policy(SELECT))
+    noted = [event for event in env.unwrapped.ledger.events("progress") if event["stage"] == "train"]
+    done = [event["done"] for event in noted]  # a worker leaves out what comes too fast
+    assert done
+    assert done == sorted(set(done))
+    assert done[-1] <= noted[0]["total"]
+    assert all(event["loss"] > 0 and event["seconds_left"] >= 0 for event in noted)
+    assert {event["stage"] for event in shown} >= {"policy", "train", "evaluate"}
+
+
 def test_breaches_are_charged_like_errors_and_answer_their_ticket(nano):
     env = started(nano(iterations=2)).unwrapped
     breach = RuleBreach("look at the pool first")

@@ -10,6 +10,7 @@ import torch
 
 from curation_env.training.data import Row, even_micro_batches
 from curation_env.training.model import Features, Student
+from curation_env.training.plan import OFFLOAD_BUCKET, Plan
 from curation_env.training.recipe import Recipe
 
 
@@ -96,10 +97,23 @@ class _SummedLoss(torch.nn.Module):
 
 
 class DeepSpeedEngine:
-    """DeepSpeed's ZeRO stage 1 or 2 over the same AdamW: every process holds a share of the moments (and gradients)."""
+    """DeepSpeed's ZeRO stage 1 or 2 over the same AdamW: every process holds a share of the moments (and gradients).
+
+    Args:
+        offload: Whether gradients and moments are in the host's memory, where the update is computed, too.
+    """
 
     def __init__(
-        self, student: Student, recipe: Recipe, rows: list[Row], features: Features, rank: int, world: int, stage: int
+        self,
+        student: Student,
+        recipe: Recipe,
+        rows: list[Row],
+        features: Features,
+        rank: int,
+        world: int,
+        stage: int,
+        *,
+        offload: bool = False,
     ) -> None:
         import deepspeed
 
@@ -107,7 +121,10 @@ class DeepSpeedEngine:
         if device.type == "cpu":
             # Its shared-memory collectives would be compiled here at run time, for minutes; gloo needs no compiler.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl", verbose=False)
+        backend = "gloo" if device.type == "cpu" else "nccl"
+        if world == 1 and not torch.distributed.is_initialized():  # no launcher has said where processes meet
+            torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+        deepspeed.init_distributed(dist_backend=backend, verbose=False)
         self.device, self.rank, self.world = device, rank, world
         self.recipe, self.rows, self.features = recipe, rows, features
         config: dict[str, Any] = {
@@ -117,6 +134,14 @@ class DeepSpeedEngine:
             "zero_optimization": {"stage": stage},
             "zero_allow_untested_optimizer": True,
         }
+        if offload:
+            config["zero_optimization"] |= {
+                "offload_optimizer": {"device": "cpu", "pin_memory": device.type == "cuda"},
+                "reduce_bucket_size": OFFLOAD_BUCKET,
+                "allgather_bucket_size": OFFLOAD_BUCKET,
+            }
+            # PyTorch's AdamW is the recipe's; DeepSpeed's own for a CPU keeps moments in fp32, and wants a compiler.
+            config["zero_force_ds_cpu_optimizer"] = False
         if student.model.dtype == torch.bfloat16:
             # Its default keeps fp32 copies of the weights: more of them then change, which is another recipe.
             config["bf16"] = {
@@ -163,13 +188,25 @@ def _batches(rows: list[Row], window: Sequence[int], recipe: Recipe) -> list[lis
     return [[rows[window[k]] for k in batch] for batch in even_micro_batches(lengths, recipe.tokens_per_micro_batch)]
 
 
-def make(student: Student, recipe: Recipe, rows: list[Row], features: Features, zero_stage: int) -> Engine:
-    """Return the engine for this device and the number of processes that a launcher started."""
+def make(
+    student: Student, recipe: Recipe, rows: list[Row], features: Features, zero_stage: int, plan: Plan | None = None
+) -> Engine:
+    """Return the engine for this device and the number of processes that a launcher started.
+
+    Args:
+        plan: The way that the run takes on a GPU.
+    """
     from curation_env.training.graph import GraphedProcess
 
     rank, world = rank_and_world()
+    if plan is not None:
+        recipe = recipe.model_copy(update={"tokens_per_micro_batch": plan.tokens_per_micro_batch})
+        student.checkpointing = plan.checkpointing
     if world > 1:
         return DeepSpeedEngine(student, recipe, rows, features, rank, world, zero_stage)
-    if student.device.type == "cuda" and GraphedProcess.fits(student, recipe) and isinstance(features, dict):
+    if plan is not None and plan.offload:
+        return DeepSpeedEngine(student, recipe, rows, features, rank, world, 2, offload=True)
+    graphed = plan is not None and plan.way == "recipe" and GraphedProcess.fits(student, recipe)
+    if graphed and isinstance(features, dict):
         return GraphedProcess(student, recipe, rows, features)
     return SingleProcess(student, recipe, rows, features)

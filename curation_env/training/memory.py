@@ -21,6 +21,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LOGIT_BYTES = 12  # of a target and a word, at most: log-probabilities, and two gradients of them, in fp32
 #: Numbers of pixels that a frozen tower sees at a time on a GPU: what it computes on the way is not kept, but large.
 PIXELS_AT_ONCE = 1 << 24
+#: Targets whose logits are in memory at a time, where they are computed twice.
+TARGETS_AT_ONCE = 512
 
 
 class Load(NamedTuple):
@@ -153,7 +155,8 @@ class Footprint:
     def activations(self, load: Load, *, checkpointing: bool = False) -> int:
         """Bytes that a micro-batch adds at the most: what its forward pass keeps, and what the backward pass takes.
 
-        With checkpointing, a layer keeps what it was given; the rest is computed again, one layer at a time.
+        With checkpointing, a layer keeps what it was given; the rest is computed again, one layer at a time, and so
+        are logits, some targets at a time.
         """
         text, size = self.text, self.itemsize
         kept = text.kept(size, compiled=self.compiled)
@@ -167,7 +170,9 @@ class Footprint:
             around += self.layers * load.tokens * kept
         around += self._tower(load, checkpointing)
         head = size * self.vocabulary * text.width  # the gradient of its matrix, before it is added up
-        logits = load.targets * self.vocabulary * LOGIT_BYTES
+        logits = self.vocabulary * LOGIT_BYTES * load.targets
+        if checkpointing:
+            logits = head + min(logits, self.vocabulary * LOGIT_BYTES * TARGETS_AT_ONCE)
         return around + max(logits, head + at_once) + (head if self.tied else 0)
 
     def _tower(self, load: Load, checkpointing: bool) -> int:

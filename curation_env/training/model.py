@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from curation_env.errors import MissingAssets
 from curation_env.training.data import Encoder, Packed, Rectangle, Row
 from curation_env.training.families import Tensors, parts_of
-from curation_env.training.memory import DTYPES, PIXELS_AT_ONCE, Load, tower_blocks
+from curation_env.training.memory import DTYPES, PIXELS_AT_ONCE, TARGETS_AT_ONCE, Load, tower_blocks
 from curation_env.training.recipe import Recipe
 
 Features = Mapping[bytes, torch.Tensor]
@@ -281,8 +281,16 @@ class Student:
             use_cache=False,
             **self.layout(packed),
         ).last_hidden_state[0]
-        logits = self.model.lm_head(hidden.index_select(0, packed.sources))
-        return F.cross_entropy(logits.float(), packed.targets, reduction="none")
+        predicting = hidden.index_select(0, packed.sources)
+        if not self.twice:
+            return self._losses(predicting, packed.targets)
+        parts = zip(predicting.split(TARGETS_AT_ONCE), packed.targets.split(TARGETS_AT_ONCE), strict=True)
+        losses = _twice_where_asked(self, self._losses)
+        return torch.cat([losses(states, targets) for states, targets in parts])
+
+    def _losses(self, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Cross-entropies, (S,), of the targets, (S,), that hidden states, (S, width), predict."""
+        return F.cross_entropy(self.model.lm_head(states).float(), targets, reduction="none")
 
     def tower_digest(self) -> bytes:
         """Digest of the vision tower's weights: what cached features depend on besides the images."""

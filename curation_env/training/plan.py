@@ -18,14 +18,17 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from curation_env.errors import OutOfMemory
+from curation_env.students import Card
 from curation_env.training.data import Row, even_micro_batches
 from curation_env.training.families import parts_of
 from curation_env.training.images import CACHE_BYTES
-from curation_env.training.memory import Footprint, Load, skeleton
+from curation_env.training.memory import Footprint, Load, config_of, skeleton
 from curation_env.training.recipe import Recipe
 
 log = logging.getLogger(__name__)
 GIB = 1 << 30
+#: What cards of a size have at the least, in GiB: A10 and L4, A40 and L40S, A100 and H100.
+SIZES = {"24 GB": 22.5, "48 GB": 44.9, "80 GB": 79.1}
 INACCURACY = 1.04  # what is computed may be short by this factor: kernels' workspaces, memory in pieces
 RESERVE = 768 << 20  # what libraries load onto a card on top of that
 CONTEXT = 512 << 20  # what a process takes of a card before it computes anything
@@ -41,7 +44,7 @@ WAYS = {
 Way = Literal["recipe", "checkpointing", "smaller", "offload"]
 
 
-class Card(NamedTuple):
+class Gpu(NamedTuple):
     """A GPU: its name, and bytes that it has and that this process may still take."""
 
     name: str
@@ -50,7 +53,7 @@ class Card(NamedTuple):
 
 
 class Machine(NamedTuple):
-    """What training may take: bytes of the GPU (as `Card.free`) and of the host; whether DeepSpeed is there."""
+    """What training may take: bytes of the GPU (as `Gpu.free`) and of the host; whether DeepSpeed is there."""
 
     free: int
     host: int
@@ -183,12 +186,7 @@ def of_run(
     each = [Load(len(row.tokens), int((row.tokens == image_token).sum()), row.n_supervised) for row in rows]
 
     def loads(tokens: int) -> list[Load]:
-        found = []
-        for window in windows:
-            lengths = [each[k].tokens for k in window]
-            for batch in even_micro_batches(lengths, tokens):
-                found.append(Load(*(sum(values) for values in zip(*(each[window[k]] for k in batch), strict=True))))
-        return found
+        return micro_batch_loads([[each[k] for k in window] for window in windows], tokens)
 
     distinct = {row.image: load.of_images for row, load in zip(rows, each, strict=True) if row.image is not None}
     seen, features = sum(distinct.values()), footprint.features(sum(distinct.values()))
@@ -207,6 +205,42 @@ def of_run(
     )
     log.info("%s: training %s", torch.cuda.get_device_name(device), plan.describe())
     return plan
+
+
+def of_worst(card: Card, recipe: Recipe, machine: Machine) -> Plan:
+    """Choose the way of a public student's worst steps, whatever rows are selected; nothing of it need be here.
+
+    Raises:
+        OutOfMemory: There is none.
+    """
+    windows = worst_windows(card, recipe)
+    return choose(
+        Footprint.of(skeleton(config_of(card)), recipe),
+        recipe.tokens_per_micro_batch,
+        recipe.max_length,
+        lambda tokens: micro_batch_loads(windows, tokens),
+        machine,
+        seen=recipe.examples_per_step * card.image_tokens,
+    )
+
+
+def worst_windows(card: Card, recipe: Recipe) -> list[list[Load]]:
+    """Steps whose rows all have the most tokens: with the largest image each, and, where rows can, without one.
+
+    Every token that is none of the image's is a target.
+    """
+    images = [card.image_tokens] if recipe.text_only_image == "black" else [card.image_tokens, 0]
+    rows = [Load(recipe.max_length, taken, recipe.max_length - taken - 1) for taken in images]
+    return [[row] * recipe.examples_per_step for row in rows]
+
+
+def micro_batch_loads(windows: Sequence[Sequence[Load]], tokens: int) -> list[Load]:
+    """What the micro-batches of steps hold, each of at most `tokens` tokens, given what every row does."""
+    found = []
+    for rows in windows:
+        for batch in even_micro_batches([row.tokens for row in rows], tokens):
+            found.append(Load(*(sum(values) for values in zip(*(rows[k] for k in batch), strict=True))))
+    return found
 
 
 def _budgets(tokens: int, longest: int) -> list[int]:
@@ -250,19 +284,19 @@ def _gib(n: int) -> str:
     return f"{n / GIB:.1f} GiB"
 
 
-def read_card(device: torch.device) -> Card:
+def read_gpu(device: torch.device) -> Gpu:
     """What this process may still take of a GPU, within the limit that `limit_gpu` set."""
     gc.collect()
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
     within = allowed - torch.cuda.memory_reserved(device)
-    return Card(torch.cuda.get_device_name(device), total, max(0, min(free, within)))
+    return Gpu(torch.cuda.get_device_name(device), total, max(0, min(free, within)))
 
 
 def read_machine(device: torch.device) -> Machine:
     """What there is to choose by."""
-    return Machine(read_card(device).free, host_memory(), importlib.util.find_spec("deepspeed") is not None)
+    return Machine(read_gpu(device).free, host_memory(), importlib.util.find_spec("deepspeed") is not None)
 
 
 def host_memory() -> int:

@@ -10,7 +10,7 @@ import torch
 
 from curation_env.training.data import Row, even_micro_batches
 from curation_env.training.model import Features, Student
-from curation_env.training.plan import OFFLOAD_BUCKET, Plan
+from curation_env.training.plan import Plan
 from curation_env.training.recipe import Recipe
 
 
@@ -54,8 +54,14 @@ class SingleProcess:
     def __init__(self, student: Student, recipe: Recipe, rows: list[Row], features: Features) -> None:
         self.student, self.recipe, self.rows, self.features = student, recipe, rows, features
         groups = parameter_groups(student.model, recipe)
+        for group in groups:
+            group["params"] = [self._updated(parameter) for parameter in group["params"]]
         self.parameters = [p for group in groups for p in group["params"]]
         self.optimizer = adamw(groups, recipe)
+
+    def _updated(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """What the optimizer updates in a parameter's place."""
+        return parameter
 
     def step(self, window: Sequence[int], lr: float) -> Update:
         tokens = sum(self.rows[k].n_supervised for k in window)
@@ -72,7 +78,7 @@ class SingleProcess:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return Update(*torch.stack([total, norm]).tolist())
+        return Update(*torch.stack([total, norm.to(total.device)]).tolist())
 
     def finish(self) -> None:
         pass
@@ -97,23 +103,10 @@ class _SummedLoss(torch.nn.Module):
 
 
 class DeepSpeedEngine:
-    """DeepSpeed's ZeRO stage 1 or 2 over the same AdamW: every process holds a share of the moments (and gradients).
-
-    Args:
-        offload: Whether gradients and moments are in the host's memory, where the update is computed, too.
-    """
+    """DeepSpeed's ZeRO stage 1 or 2 over the same AdamW: every process holds a share of the moments (and gradients)."""
 
     def __init__(
-        self,
-        student: Student,
-        recipe: Recipe,
-        rows: list[Row],
-        features: Features,
-        rank: int,
-        world: int,
-        stage: int,
-        *,
-        offload: bool = False,
+        self, student: Student, recipe: Recipe, rows: list[Row], features: Features, rank: int, world: int, stage: int
     ) -> None:
         import deepspeed
 
@@ -121,10 +114,7 @@ class DeepSpeedEngine:
         if device.type == "cpu":
             # Its shared-memory collectives would be compiled here at run time, for minutes; gloo needs no compiler.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        backend = "gloo" if device.type == "cpu" else "nccl"
-        if world == 1 and not torch.distributed.is_initialized():  # no launcher has said where processes meet
-            torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
-        deepspeed.init_distributed(dist_backend=backend, verbose=False)
+        deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl", verbose=False)
         self.device, self.rank, self.world = device, rank, world
         self.recipe, self.rows, self.features = recipe, rows, features
         config: dict[str, Any] = {
@@ -134,14 +124,6 @@ class DeepSpeedEngine:
             "zero_optimization": {"stage": stage},
             "zero_allow_untested_optimizer": True,
         }
-        if offload:
-            config["zero_optimization"] |= {
-                "offload_optimizer": {"device": "cpu", "pin_memory": device.type == "cuda"},
-                "reduce_bucket_size": OFFLOAD_BUCKET,
-                "allgather_bucket_size": OFFLOAD_BUCKET,
-            }
-            # PyTorch's AdamW is the recipe's; DeepSpeed's own for a CPU keeps moments in fp32, and wants a compiler.
-            config["zero_force_ds_cpu_optimizer"] = False
         if student.model.dtype == torch.bfloat16:
             # Its default keeps fp32 copies of the weights: more of them then change, which is another recipe.
             config["bf16"] = {
@@ -197,6 +179,7 @@ def make(
         plan: The way that the run takes on a GPU.
     """
     from curation_env.training.graph import GraphedProcess
+    from curation_env.training.offload import OffloadedProcess
 
     rank, world = rank_and_world()
     if plan is not None:
@@ -204,8 +187,8 @@ def make(
         student.checkpointing = plan.checkpointing
     if world > 1:
         return DeepSpeedEngine(student, recipe, rows, features, rank, world, zero_stage)
-    if plan is not None and plan.offload:
-        return DeepSpeedEngine(student, recipe, rows, features, rank, world, 2, offload=True)
+    if plan is not None and plan.way == "offload":
+        return OffloadedProcess(student, recipe, rows, features)
     graphed = plan is not None and plan.way == "recipe" and GraphedProcess.fits(student, recipe)
     if graphed and isinstance(features, dict):
         return GraphedProcess(student, recipe, rows, features)

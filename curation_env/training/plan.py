@@ -8,7 +8,6 @@ another recipe: the rows of a step, its loss and its update are the same, but fo
 from __future__ import annotations
 
 import gc
-import importlib.util
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ INACCURACY = 1.04  # what is computed may be short by this factor: kernels' work
 RESERVE = 768 << 20  # what libraries load onto a card on top of that
 CONTEXT = 512 << 20  # what a process takes of a card before it computes anything
 SHARED_BUCKET = 500_000_000  # numbers that DeepSpeed gathers before it exchanges them: its default
-OFFLOAD_BUCKET = 50_000_000  # and where they go to the host's memory
+HOST_COPIES = 4  # of what trains, in the host's memory by offload: weights, gradients, two moments
 WAYS = {
     "recipe": "as the recipe says",
     "checkpointing": "with layers computed twice where that is needed (checkpointing)",
@@ -53,11 +52,10 @@ class Gpu(NamedTuple):
 
 
 class Machine(NamedTuple):
-    """What training may take: bytes of the GPU (as `Gpu.free`) and of the host; whether DeepSpeed is there."""
+    """What training may take: bytes of the GPU (as `Gpu.free`) and of the host."""
 
     free: int
     host: int
-    deepspeed: bool
 
 
 class Shares(NamedTuple):
@@ -91,10 +89,6 @@ class Plan:
     checkpointed: int
     micro_batches: int
 
-    @property
-    def offload(self) -> bool:
-        return self.way == "offload"
-
     def checkpointing(self, load: Load) -> bool:
         """Whether a micro-batch has to compute its layers twice."""
         return self.footprint.activations(load) > self.room
@@ -112,7 +106,7 @@ class Plan:
 
     def describe(self) -> str:
         text = f"{WAYS[self.way]}: {_gib(self.needed)} at up to {self.tokens_per_micro_batch:,} tokens a micro-batch"
-        return text + (f", and {_gib(self.host)} of the host's memory" if self.offload else "")
+        return text + (f", and {_gib(self.host)} of the host's memory" if self.host else "")
 
 
 def choose(
@@ -141,10 +135,10 @@ def choose(
     free = int((machine.free - RESERVE) / INACCURACY)
     least = 0
     for offload in (False, True):
-        fixed = features + (_offloaded(footprint) if offload else _held(footprint, shares))
+        fixed = features + (footprint.weights if offload else _held(footprint, shares))
         # The tower sees images before a step has gradients.
         sight = features + footprint.weights + footprint.seeing(seen) + (0 if offload else 2 * footprint.trained)
-        host = 5 * footprint.trained if offload else 0  # weights, gradients, moments; weights twice at the start
+        host = HOST_COPIES * footprint.trained if offload else 0
         room = free - fixed
         for tokens in _budgets(tokens_per_micro_batch, longest):
             found = loads(tokens)
@@ -153,7 +147,7 @@ def choose(
             again = [footprint.activations(load, checkpointing=True) for load in heavy]
             needed = max(sight, fixed + max([*(taken for taken in plain if taken <= room), *again], default=0))
             least = min(least or needed, needed)
-            if needed > free or (offload and (host > machine.host or not machine.deepspeed or shares.world > 1)):
+            if needed > free or host > machine.host or (offload and shares.world > 1):
                 continue
             way: Way = "checkpointing" if heavy else "recipe"
             if offload or tokens < tokens_per_micro_batch:
@@ -261,12 +255,6 @@ def _held(footprint: Footprint, shares: Shares) -> int:
     return weights + gradients + 3 * trained // world + 2 * SHARED_BUCKET * footprint.itemsize
 
 
-def _offloaded(footprint: Footprint) -> int:
-    """Bytes on the GPU where gradients leave it as they come."""
-    widest = max(footprint.vocabulary * footprint.text.width, footprint.text.parameters)
-    return footprint.weights + footprint.itemsize * (2 * OFFLOAD_BUCKET + 2 * widest)
-
-
 def _refusal(footprint: Footprint, machine: Machine, least: int) -> str:
     wanted = int(least * INACCURACY) + RESERVE
     text = f"training takes {_gib(wanted)} of GPU memory at the least, {_gib(machine.free)} are free: "
@@ -274,9 +262,7 @@ def _refusal(footprint: Footprint, machine: Machine, least: int) -> str:
         return (
             text + "nothing was trained. Free the card of other processes, raise gpu_memory_gib, or use a larger card"
         )
-    host = 5 * footprint.trained
-    if not machine.deepspeed:
-        return text + "that way, by offload, needs deepspeed: pip install deepspeed"
+    host = HOST_COPIES * footprint.trained
     return text + f"that way, by offload, takes {_gib(host)} of the host's memory, {_gib(machine.host)} are available"
 
 
@@ -296,7 +282,7 @@ def read_gpu(device: torch.device) -> Gpu:
 
 def read_machine(device: torch.device) -> Machine:
     """What there is to choose by."""
-    return Machine(read_gpu(device).free, host_memory(), importlib.util.find_spec("deepspeed") is not None)
+    return Machine(read_gpu(device).free, host_memory())
 
 
 def host_memory() -> int:

@@ -44,7 +44,7 @@ PEAK = "peak_gib"
 
 def machine_of(size: str, host: int = 1 << 50) -> plans.Machine:
     """A card of a size that nothing else uses, in a host with as much memory as is wanted."""
-    return plans.Machine(int(plans.SIZES[size] * plans.GIB) - plans.CONTEXT, host, True)
+    return plans.Machine(int(plans.SIZES[size] * plans.GIB) - plans.CONTEXT, host)
 
 
 def computed(name: str, size: str) -> str:

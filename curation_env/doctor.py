@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from curation_env.assets import data_root, locate
-from curation_env.students import describe
+from curation_env.errors import OutOfMemory
+from curation_env.students import Card, card_of, describe
 from curation_env.task import Task
 
 #: Modules that the paths of every task import; deepspeed only where training runs in several processes.
@@ -65,7 +66,30 @@ def examine(name: str, root: Path | None = None, world: int | None = None) -> li
     git = shutil.which("git")
     findings.append(Finding("git", git is not None, git or "install git: the trajectory is kept with it"))
     findings.append(_space(folder))
-    return findings
+    card = card_of(task.student)
+    return findings if card is None else [*findings, _gpu(card, task)]
+
+
+def _gpu(card: Card, task: Task) -> Finding:
+    """Whether this machine's GPU holds the training of a public student, in its worst step, and which way."""
+    import torch
+
+    from curation_env.training import plan as plans
+    from curation_env.training.recipe import Recipe
+
+    recipe, what = Recipe.model_validate(task.recipe_config), "GPU memory"
+    if not torch.cuda.is_available():
+        ways = [f"{size}: {plans.of_worst(card, recipe, plans.machine_of(size)).describe()}" for size in plans.SIZES]
+        text = f"no GPU here; {card.name} trains on one of " + "; ".join(ways)
+        return Finding(what, False, text, required=False)
+    device = torch.device("cuda", 0)
+    gpu = plans.read_gpu(device)
+    named = f"{gpu.name}, {gpu.total / plans.GIB:.1f} GiB"
+    try:
+        plan = plans.of_worst(card, recipe, plans.read_machine(device))
+    except OutOfMemory as error:
+        return Finding(what, False, f"{named}: {error}")
+    return Finding(what, True, f"{named}: {card.name} trains {plan.describe()}")
 
 
 def _engines() -> list[Finding]:

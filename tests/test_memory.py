@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,10 @@ from families_support import make_qwen, make_smolvlm
 from families_support import make_rows as make_family_rows
 from training_support import make_init, make_pool, make_rows
 
-from curation_env.errors import OutOfMemory
+from curation_env.choices import check_gib
+from curation_env.doctor import examine
+from curation_env.errors import InvalidSetting, OutOfMemory, by_code
+from curation_env.executor import Pipes
 from curation_env.pool import Pool
 from curation_env.students import card_of, student_names
 from curation_env.training import model as models
@@ -223,8 +229,8 @@ def test_worst_steps_of_every_student_have_a_way_on_every_card(name: str) -> Non
     card, recipe = card_of(name), Recipe.load(f"{name}-v1")
     assert card is not None
     found = []
-    for gib in plans.SIZES.values():
-        free = int(gib * GIB) - plans.CONTEXT
+    for size in plans.SIZES:
+        free = plans.machine_of(size).free
         plan = of_worst(card, recipe, Machine(free, 64 * GIB))
         assert plan.needed * plans.INACCURACY <= free
         assert plan.tokens_per_micro_batch >= recipe.max_length
@@ -307,3 +313,68 @@ def test_what_memory_is_computed_from_is_no_part_of_what_pins_a_student() -> Non
     pinned = card.model_dump()
     assert pinned["shape"] == {"hidden_size": 960, "num_hidden_layers": 32}
     assert not {"architecture", "image_tokens"} & set(pinned)
+
+
+def test_the_doctor_says_which_way_a_real_task_trains(tmp_path: Path) -> None:
+    finding = examine("llava", tmp_path)[-1]
+    assert finding.what == "GPU memory"
+    if not torch.cuda.is_available():
+        assert not finding.required
+        assert "24 GB: by offload" in finding.text
+        assert "50.4 GiB of the host's memory" in finding.text
+        assert "80 GB: as the recipe says" in finding.text
+    assert all(finding.what != "GPU memory" for finding in examine("nano", tmp_path))
+
+
+#: As PyTorch words it.
+SAID = (
+    "CUDA out of memory. Tried to allocate 3.73 GiB. GPU 0 has a total capacity of 22.06 GiB of which 1.20 GiB is free. "
+    "Process 7 has 20.86 GiB memory in use. Of the allocated memory 20.10 GiB is allocated by PyTorch, and 96.00 MiB is "
+    "reserved by PyTorch but unallocated."
+)
+FAILING_WORKER = """
+import torch
+from curation_env import worker
+
+def run_stage(name, payload, on_progress):
+    raise torch.OutOfMemoryError(payload["said"])
+
+worker.run_stage = run_stage
+worker.main()
+"""
+
+
+def test_the_end_of_a_gpus_memory_is_an_error_with_its_cause(tmp_path: Path) -> None:
+    """Raised where a stage would raise it, and read as an executor reads it: a machine without a GPU can do no more."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", FAILING_WORKER, "--log", str(tmp_path / "log")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=0,
+        start_new_session=True,
+    )
+    try:
+        pipes = Pipes(process)
+        pipes.send({"stage": "evaluate", "payload": {"said": SAID}, "gpu_memory_gib": 22.0})
+        deadline = time.monotonic() + 120
+        pipes.receive(deadline)  # that it is ready
+        answer = pipes.receive(deadline)
+    finally:
+        process.kill()
+        process.wait()
+        for stream in (process.stdin, process.stdout):
+            assert stream is not None
+            stream.close()
+    assert answer is not None
+    error = answer["error"]
+    assert by_code()[error["code"]] is OutOfMemory
+    for part in ("evaluate ran out", "3.73 GiB", "22.06 GiB", "gpu_memory_gib"):
+        assert part in error["message"]
+    assert "Process 7" not in error["message"]
+    assert "Process 7" in error["details"]
+
+
+@pytest.mark.parametrize("value", [0, -1, "24", True])
+def test_a_limit_of_a_gpus_memory_is_a_number(value: object) -> None:
+    with pytest.raises(InvalidSetting, match="gpu_memory_gib must be a number of GiB above 0"):
+        check_gib("gpu_memory_gib", value)

@@ -280,6 +280,11 @@ def read_gpu(device: torch.device) -> Gpu:
     return Gpu(torch.cuda.get_device_name(device), total, max(0, min(free, within)))
 
 
+def machine_of(size: str) -> Machine:
+    """A card of one of the `SIZES` that nothing else uses, in a host with as much memory as is wanted."""
+    return Machine(int(SIZES[size] * GIB) - CONTEXT, 1 << 50)
+
+
 def read_machine(device: torch.device) -> Machine:
     """What there is to choose by."""
     return Machine(read_gpu(device).free, host_memory())

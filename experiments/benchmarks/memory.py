@@ -42,17 +42,12 @@ STEPS = 2
 PEAK = "peak_gib"
 
 
-def machine_of(size: str, host: int = 1 << 50) -> plans.Machine:
-    """A card of a size that nothing else uses, in a host with as much memory as is wanted."""
-    return plans.Machine(int(plans.SIZES[size] * plans.GIB) - plans.CONTEXT, host)
-
-
 def computed(name: str, size: str) -> str:
     """The way of a student on a card, and what it needs."""
     card = card_of(name)
     assert card is not None
     try:
-        return plans.of_worst(card, Recipe.load(f"{name}-v1"), machine_of(size)).describe()
+        return plans.of_worst(card, Recipe.load(f"{name}-v1"), plans.machine_of(size)).describe()
     except OutOfMemory as error:
         return f"not at all: {error}"
 
@@ -108,7 +103,7 @@ def measure(name: str, size: str, device: torch.device) -> dict[str, Any]:
     """Take worst steps in the memory of a card of this size."""
     card, recipe = card_of(name), Recipe.load(f"{name}-v1")
     assert card is not None
-    plans.limit_gpu((machine_of(size).free) / plans.GIB)
+    plans.limit_gpu(plans.machine_of(size).free / plans.GIB)
     found = plans.of_worst(card, recipe, plans.read_machine(device))
     started = time.perf_counter()
     student = Student.of(random_model(card, recipe, device), recipe, device, "packed")
@@ -127,7 +122,9 @@ def measure(name: str, size: str, device: torch.device) -> dict[str, Any]:
         for _ in range(STEPS):
             keys = [key for k in chosen if (key := rows[k].image) is not None]
             if not student.tower_trains:
-                features.update(zip(keys, student.see([pixels[key] for key in keys]), strict=True))
+                images = [pixels[key] for key in keys]
+                stacked = torch.stack(images) if student.model.config.model_type == "llava" else images
+                features.update(zip(keys, student.see(stacked), strict=True))
             losses.append(engine.step(chosen, recipe.lr).loss)
     torch.cuda.synchronize()
     return {

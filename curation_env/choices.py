@@ -11,6 +11,16 @@ SANDBOXES = ("auto", "docker", "bubblewrap", "dummy", "none")
 DEVICES = ("auto", "cpu", "cuda")
 
 
+def check_gib(name: str, value: object) -> None:
+    """Check that a setting is an amount of memory, or None.
+
+    Raises:
+        InvalidSetting: It is not.
+    """
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
+        raise InvalidSetting(f"{name} must be a number of GiB above 0, or null for all there is, not {value!r}")
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Check that a setting is one of `choices`.
 

@@ -52,7 +52,7 @@ def tasks(as_json: Json = False) -> None:
 
 @app.command()
 def doctor(task: str, data_root: DataRoot = None, world: World = None, as_json: Json = False) -> None:
-    """Say what a task needs, what is there, and which command brings the rest."""
+    """Say what a task needs, what is there, how its training fits this GPU, and which command brings the rest."""
     from curation_env.doctor import examine
 
     if world is not None:

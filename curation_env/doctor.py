@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from curation_env.assets import Assets, data_root, locate
+from curation_env.errors import OutOfMemory
 from curation_env.needs import needs
-from curation_env.students import card_of
+from curation_env.students import Card, card_of
 from curation_env.task import Task
 
 #: Modules that the paths of every task import; deepspeed only where training runs in several processes.
@@ -52,13 +53,36 @@ def examine(name: str, root: Path | None = None, world: int | None = None) -> li
         there = importlib.util.find_spec(library) is not None
         findings.append(Finding(f"library {library}", there, "installed" if there else "pip install -e ."))
     findings += _judge(task)
-    if card_of(task.student) is not None:
-        findings.append(_gpu())
+    card = card_of(task.student)
+    if card is not None:
+        findings.append(_gpu(card, task))
     findings += _engines()
     git = shutil.which("git")
     findings.append(Finding("git", git is not None, git or "install git: the trajectory is kept with it"))
     findings.append(_space(folder, task, assets))
     return findings
+
+
+def _gpu(card: Card, task: Task) -> Finding:
+    """Whether this machine's GPU holds the training of a public student, in its worst step, and which way."""
+    import torch
+
+    from curation_env.training import plan as plans
+    from curation_env.training.recipe import Recipe
+
+    recipe, what = Recipe.model_validate(task.recipe_config), "GPU memory"
+    if not torch.cuda.is_available():
+        ways = [f"{size}: {plans.of_worst(card, recipe, plans.machine_of(size)).describe()}" for size in plans.SIZES]
+        text = f"no GPU here; {card.name} trains on one of " + "; ".join(ways)
+        return Finding(what, False, text, required=False)
+    device = torch.device("cuda", 0)
+    gpu = plans.read_gpu(device)
+    named = f"{gpu.name}, {gpu.total / plans.GIB:.1f} GiB"
+    try:
+        plan = plans.of_worst(card, recipe, plans.read_machine(device))
+    except OutOfMemory as error:
+        return Finding(what, False, f"{named}: {error}")
+    return Finding(what, True, f"{named}: {card.name} trains {plan.describe()}")
 
 
 def _assets(task: Task, assets: Assets, name: str) -> list[Finding]:
@@ -96,15 +120,6 @@ def _judge(task: Task) -> list[Finding]:
         Finding("judge", ready, text or missing),
         Finding("judge prompts", bool(checkout()), checkout() or own_words, required=False),
     ]
-
-
-def _gpu() -> Finding:
-    import torch
-
-    if not torch.cuda.is_available():
-        return Finding("GPU", False, "torch finds none: a public student trains on an NVIDIA GPU")
-    names = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
-    return Finding("GPU", True, ", ".join(names))
 
 
 def _engines() -> list[Finding]:

@@ -400,7 +400,10 @@ class Episode:
             SEALED_DIGEST: f"{digest}\n".encode(),
         }
         commit = self.ledger.commit(number, files, message)
-        self.ledger.event("iteration", number=number, commit=commit, seconds=outcome.seconds, cached=outcome.cached)
+        memory = {"memory": outcome.memory} if outcome.memory else {}
+        self.ledger.event(
+            "iteration", number=number, commit=commit, seconds=outcome.seconds, cached=outcome.cached, **memory
+        )
         return commit
 
     def _add(self, entry: Iteration, outcome: Outcome | None = None) -> None:

@@ -33,10 +33,13 @@ class Stage(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """What a stage may take (None: no limit): wall-clock seconds, private memory in MB on top of the warm worker's."""
+    """What a stage may take (None: no limit): wall-clock seconds, private memory in MB on top of the warm worker's, and
+    GiB of a GPU's memory.
+    """
 
     timeout: float | None = None
     memory_mb: int | None = None
+    gpu_memory_gib: float | None = None
 
 
 class Executor(Protocol):
@@ -143,6 +146,8 @@ class LocalExecutor:
             "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
             "HF_DEACTIVATE_ASYNC_LOAD": "1",  # a thread that can't start for want of memory hangs its caller
             "PYTHONUNBUFFERED": "1",
+            # Micro-batches differ in size: in fixed segments, a GPU's memory would go to pieces.
+            "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True"),
         }
         self._ready = False
         self._process = subprocess.Popen(
@@ -190,7 +195,8 @@ class LocalExecutor:
         assert pipes is not None
         name, resources = job.stage.name, job.resources
         deadline = self._deadline(resources, 0.0 if self._ready else START_SECONDS)
-        pipes.send({"stage": name, "payload": job.stage.payload, "memory_mb": resources.memory_mb})
+        limits = {"memory_mb": resources.memory_mb, "gpu_memory_gib": resources.gpu_memory_gib}
+        pipes.send({"stage": name, "payload": job.stage.payload, **limits})
         while True:
             try:
                 message = pipes.receive(deadline)

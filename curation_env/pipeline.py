@@ -97,7 +97,8 @@ class Scores:
 class Outcome:
     """What a scored submission leaves: scores, rows by kind of audit finding, and the files of its commit.
 
-    No time, host or path is in the files: equal submissions leave equal commits.
+    No time, host or path is in the files: equal submissions leave equal commits. `memory` says, by training seed, which
+    way each run on a GPU took (`training.plan`); what is cached or trained on a CPU took none.
     """
 
     scores: Scores
@@ -108,6 +109,7 @@ class Outcome:
     files: dict[str, bytes]
     seconds: dict[str, float]
     cached: bool
+    memory: dict[str, Any] = field(default_factory=dict)
 
 
 class Pipeline:
@@ -120,6 +122,7 @@ class Pipeline:
         judge: The endpoint that grades open answers, where the suite needs one; closed by its owner.
         data_root: Where results and signals are cached.
         device: "cpu", "cuda" or "auto".
+        gpu_memory_gib: What stages may take of a GPU; None: all that is free.
         cache: Whether earlier results of equal submissions are taken.
         limits: What a stage may take, by its name, where it is not what its size gives.
     """
@@ -133,6 +136,7 @@ class Pipeline:
         *,
         data_root: Path,
         device: str = "auto",
+        gpu_memory_gib: float | None = None,
         cache: bool = True,
         limits: Mapping[str, Resources] | None = None,
     ) -> None:
@@ -141,6 +145,7 @@ class Pipeline:
         self.executor = executor
         self.judge = judge
         self.device = device
+        self.gpu_memory_gib = gpu_memory_gib
         self.data_root = data_root
         self._results = Cache(data_root / "results") if cache else None
         self._signals = Cache(data_root / "signals")
@@ -210,27 +215,37 @@ class Pipeline:
         if not certificate.passed:
             raise RejectedSubmission(certificate.reason)
         files = {"certificate.json": (certificate.canonical() + "\n").encode()}
-        results = {seed: self._trained(submission, seed, seconds, on_progress) for seed in self.task.training_seeds}
+        memory: dict[str, Any] = {}
+        results = {
+            seed: self._trained(submission, seed, seconds, memory, on_progress) for seed in self.task.training_seeds
+        }
         for seed, result in results.items():
             files.update({f"seed-{seed}/{name}": data for name, data in result.files.items()})
         per_seed = {seed: result.scores for seed, result in results.items()}
         cached = all(result.cached for result in results.values())
         scores = mean_scores(list(per_seed.values()))
         return Outcome(
-            scores, per_seed, valid.rows, valid.supervised_tokens, certificate.totals, files, seconds, cached
+            scores, per_seed, valid.rows, valid.supervised_tokens, certificate.totals, files, seconds, cached, memory
         )
 
     def train_scores(
         self, submission: Submission, seeds: list[int], on_progress: Progress | None = None
     ) -> dict[int, Scores]:
         """Train and evaluate with chosen seeds and without the task's budget: for calibration and references."""
-        return {seed: self._trained(submission, seed, {}, on_progress).scores for seed in seeds}
+        return {seed: self._trained(submission, seed, {}, {}, on_progress).scores for seed in seeds}
 
     def _trained(
-        self, submission: Submission, seed: int, seconds: dict[str, float], on_progress: Progress | None
+        self,
+        submission: Submission,
+        seed: int,
+        seconds: dict[str, float],
+        memory: dict[str, Any],
+        on_progress: Progress | None,
     ) -> _Result:
         def make(out: Path) -> None:
-            self._train(submission, seed, out, on_progress, seconds)
+            plan = self._train(submission, seed, out, on_progress, seconds)
+            if plan is not None:
+                memory[str(seed)] = plan
             self._evaluate(out / "checkpoint", out, on_progress, seconds)
             shutil.rmtree(out / "checkpoint")
 
@@ -320,7 +335,8 @@ class Pipeline:
 
     def _train(
         self, submission: Submission, seed: int, out: Path, on_progress: Progress | None, seconds: dict[str, float]
-    ) -> None:
+    ) -> dict[str, Any] | None:
+        """Train into `out`; return the way that it took on a GPU, None on a CPU."""
         payload = {
             "init": str(self.assets.student),
             "recipe": self.task.recipe_config,
@@ -338,6 +354,7 @@ class Pipeline:
         trained = Path(result["checkpoint"])
         if trained != out / "checkpoint":
             trained.rename(out / "checkpoint")
+        return result.get("memory")
 
     def _evaluate(self, checkpoint: Path, out: Path, on_progress: Progress | None, seconds: dict[str, float]) -> None:
         """Score a checkpoint; a judge of the user's gets a stage of its own, after the student has left the GPU."""
@@ -391,7 +408,8 @@ class Pipeline:
         from curation_env.executor import Resources
 
         bounded = stage != "device" and self.device_class.startswith("cpu")
-        return Resources(STAGE_SECONDS + SECONDS_PER_ROW[stage] * rows, MEMORY_MB if bounded else None)
+        seconds = STAGE_SECONDS + SECONDS_PER_ROW[stage] * rows
+        return Resources(seconds, MEMORY_MB if bounded else None, self.gpu_memory_gib)
 
     def _cached_or(self, digest: str, seed: int, make: Callable[[Path], None]) -> _Result:
         """The result of one (submission, seed), from the cache or by running `make(folder)`."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from curation_env.errors import InvalidSetting, MissingAssets, TaskMismatch
 from curation_env.locks import locked
@@ -35,6 +35,9 @@ class Card(BaseModel):
     Attributes:
         model_type: As `config.json` says it.
         shape: Numbers of its language model's configuration, which tell sizes of one architecture apart.
+        image_tokens: Tokens that the largest image of a row takes.
+        architecture: The rest of its configuration. From these two its memory is computed before its files are there;
+            they are no part of what pins it.
         public: Name of the checkpoint where it is published; empty where it is assembled.
         parts: What the source folder of one that is assembled holds, with its name where it is published.
     """
@@ -45,6 +48,8 @@ class Card(BaseModel):
     title: str
     model_type: str
     shape: dict[str, int]
+    image_tokens: int = Field(exclude=True)
+    architecture: dict[str, Any] = Field(exclude=True)
     public: str = ""
     parts: dict[str, str] = {}
 

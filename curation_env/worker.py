@@ -3,9 +3,9 @@
 `python -m curation_env.worker --log FILE` speaks length-prefixed JSON (4 bytes, big-endian, then UTF-8) over its
 standard input and output; whatever else prints goes to the log. It leads its own process group and dies with its
 parent: a closed input kills the group, also in the middle of a stage. A request is
-`{"stage", "payload", "memory_mb"}`; the answers are `{"progress": {...}}` lines, then one `{"result": {...}}` or
-`{"error": {"code", "message", "details"}}`. What is kept between requests is keyed by content, so that a warm worker
-and a fresh one give the same bits.
+`{"stage", "payload", "memory_mb", "gpu_memory_gib"}`; the answers are `{"progress": {...}}` lines, then one
+`{"result": {...}}` or `{"error": {"code", "message", "details"}}`. What is kept between requests is keyed by content,
+so that a warm worker and a fresh one give the same bits.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ Progress = Callable[[dict[str, Any]], None]
 MAX_MESSAGE = 1 << 30
 OUT_OF_MEMORY_EXIT = 77
 MEMORY_SIGNS = ("t allocate memory", "out of memory", "not enough memory", "std::bad_alloc", "can't start new thread")
+GPU_MEMORY_SIGNS = ("out of memory", "ALLOC_FAILED")
 
 
 def read_message(stream: IO[bytes]) -> dict[str, Any] | None:
@@ -133,15 +134,32 @@ def place_of(device: str) -> dict[str, str]:
     return {"type": place.type, "name": torch.cuda.get_device_name(place) if place.type == "cuda" else ""}
 
 
-def as_curation_error(error: BaseException) -> CurationError:
+def as_curation_error(error: BaseException, stage: str) -> CurationError:
     """Name the cause of any exception of a stage, with its traceback as details."""
+    import torch
+
     text = "".join(traceback.format_exception(error))
     if isinstance(error, CurationError):
         error.details = error.details or text
         return error
+    said = next(iter(str(error).splitlines()), "") or type(error).__name__
+    if isinstance(error, torch.OutOfMemoryError) or ("CUDA" in said and any(sign in said for sign in GPU_MEMORY_SIGNS)):
+        return OutOfMemory(gpu_memory_message(stage, said), details=text)
     if isinstance(error, MemoryError) or any(sign in str(error) for sign in MEMORY_SIGNS):
-        return OutOfMemory(f"the stage ran out of memory: {str(error).splitlines()[0] or 'MemoryError'}", details=text)
+        return OutOfMemory(f"{stage} ran out of memory: {said}", details=text)
     return StageFailed(f"{type(error).__name__}: {error}", details=text)
+
+
+def gpu_memory_message(stage: str, said: str) -> str:
+    """What there is to say where a GPU's memory is used up: on which card, what was asked for, what to do."""
+    import torch
+
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "the GPU"
+    short, found, _ = said.partition(" is free.")  # what follows counts the same memory in other ways
+    return (
+        f"{stage} ran out of the memory of {card}: {short + found} Nothing of it was kept. Let nothing else use the "
+        "card, or set gpu_memory_gib to less than it has: less is then computed at a time"
+    )
 
 
 @contextlib.contextmanager
@@ -213,6 +231,8 @@ def main() -> None:
     exit_when_a_thread_has_no_memory()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s", stream=sys.stderr)
     warm_up()
+    from curation_env.training.plan import limit_gpu
+
     write_message(answers, {"ready": os.getpid()})
     while (request := read_message(requests)) is not None:
         sent = 0.0
@@ -224,10 +244,11 @@ def main() -> None:
                 write_message(answers, {"progress": event})
 
         try:
+            limit_gpu(request.get("gpu_memory_gib"))
             with memory_limit(request.get("memory_mb")):
                 answer = {"result": run_stage(request["stage"], request["payload"], on_progress)}
         except Exception as error:  # whatever a stage raises is answered by its cause
-            cause = as_curation_error(error)
+            cause = as_curation_error(error, request["stage"])
             answer = {"error": {"code": cause.code, "message": str(cause), "details": cause.details}}
         write_message(answers, answer)
 

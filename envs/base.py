@@ -19,7 +19,7 @@ from gymnasium.utils import EzPickle
 
 from curation_env import text
 from curation_env.assets import Assets, data_root, prepared
-from curation_env.choices import DEVICES, SANDBOXES, check_choice
+from curation_env.choices import DEVICES, SANDBOXES, check_choice, check_gib
 from curation_env.envs.spaces import SharedText
 from curation_env.errors import AgentError, LimitExceeded
 from curation_env.statuses import STATUSES
@@ -105,6 +105,7 @@ equal episodes; `remaining`, `usage` and limits add the measured seconds of comm
         run_dir: Folder of this environment's episodes (`episode-0000`, ...); default: under the data root.
         data_root: Folder of pools, suites and caches; default `$CURATION_ENV_DATA` or `~/.cache/curation-env`.
         device: Where to train and evaluate: "auto", "cpu" or "cuda".
+        gpu_memory_gib: What training and evaluation may take of a GPU's memory; default: all that is free.
         cache: Whether results of equal submissions are taken from earlier runs.
         on_progress: Called with a dict (stage, done, total, unit, seconds_left, ...) while something runs.
         render_mode: "ansi" (a table as text), "human" (the same, printed) or "rgb_array" (a small plot).
@@ -129,6 +130,7 @@ equal episodes; `remaining`, `usage` and limits add the measured seconds of comm
         run_dir: str | Path | None = None,
         data_root: str | Path | None = None,
         device: str = "auto",
+        gpu_memory_gib: float | None = None,
         cache: bool = True,
         on_progress: Callable[[dict[str, Any]], None] | None = None,
         render_mode: str | None = None,
@@ -147,12 +149,14 @@ equal episodes; `remaining`, `usage` and limits add the measured seconds of comm
             run_dir=run_dir,
             data_root=data_root,
             device=device,
+            gpu_memory_gib=gpu_memory_gib,
             cache=cache,
             on_progress=on_progress,
             render_mode=render_mode,
         )
         check_choice("sandbox", sandbox, SANDBOXES)
         check_choice("device", device, DEVICES)
+        check_gib("gpu_memory_gib", gpu_memory_gib)
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise ValueError(f"render_mode must be one of {self.metadata['render_modes']}, not {render_mode!r}")
         self.task = Task.load(
@@ -165,6 +169,7 @@ equal episodes; `remaining`, `usage` and limits add the measured seconds of comm
         self._run_root = Path(run_dir) if run_dir is not None else None
         self._data_root = data_root
         self._device = device
+        self._gpu_memory_gib = gpu_memory_gib
         self._cache = cache
         self._limits = {"steps": float(self.task.max_episode_steps)}
         for resource, amount in self.task.budgets.model_dump().items():
@@ -412,7 +417,14 @@ equal episodes; `remaining`, `usage` and limits add the measured seconds of comm
             self._executor.start()
             self._judge = Judge()
         self._pipeline = Pipeline(
-            task, assets, self._executor, self._judge, data_root=root, device=self._device, cache=self._cache
+            task,
+            assets,
+            self._executor,
+            self._judge,
+            data_root=root,
+            device=self._device,
+            gpu_memory_gib=self._gpu_memory_gib,
+            cache=self._cache,
         )
         return self._pipeline
 

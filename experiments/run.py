@@ -24,7 +24,7 @@ from rich.console import Console
 from curation_env import envs
 from curation_env.actions import TOOLS
 from curation_env.agents.base import Agent, EpisodeResult, Step, has_ended, run_episode
-from curation_env.choices import DEVICES, SANDBOXES, check_choice
+from curation_env.choices import DEVICES, SANDBOXES, check_choice, check_gib
 from curation_env.errors import CurationError, InvalidSetting
 from curation_env.ledger import read_events
 from curation_env.pool import canonical_json
@@ -109,6 +109,7 @@ def play(settings: dict[str, Any], agent: Agent, folder: Path, tracker: Tracker)
             final_choice=settings["final_choice"],
             sandbox=settings["sandbox"]["kind"],
             device=settings["executor"]["device"],
+            gpu_memory_gib=settings["executor"]["gpu_memory_gib"],
             data_root=settings["data_root"],
             cache=settings["cache"],
             run_dir=str(folder),
@@ -165,6 +166,7 @@ def _task(settings: dict[str, Any]) -> Task:
             raise InvalidSetting(f"{key} must be true or false, not {settings[key]!r}")
     check_choice("sandbox.kind", settings["sandbox"]["kind"], SANDBOXES)
     check_choice("executor.device", settings["executor"]["device"], DEVICES)
+    check_gib("executor.gpu_memory_gib", settings["executor"]["gpu_memory_gib"])
     check_amounts(settings["limits"])
     return task
 

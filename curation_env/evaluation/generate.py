@@ -13,6 +13,7 @@ import torch
 from curation_env.training.data import Encoder
 from curation_env.training.images import KeptFeatures, StreamedFeatures, make_features
 from curation_env.training.model import Features, Student
+from curation_env.training.plan import read_gpu
 
 ROWS_PER_BATCH = {"cpu": 128, "cuda": 2048}
 TOKENS_PER_BATCH = 16_384  # on a CPU: what its caches like
@@ -102,8 +103,7 @@ def batch_limits(student: Student) -> tuple[int, int]:
         return ROWS_PER_BATCH[kind], TOKENS_PER_BATCH
     text = student.model.config.text_config
     per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head_width(text) * student.model.dtype.itemsize
-    free, _ = torch.cuda.mem_get_info()
-    return ROWS_PER_BATCH[kind], int(CACHE_SHARE * free) // per_token
+    return ROWS_PER_BATCH[kind], int(CACHE_SHARE * read_gpu(student.device).free) // per_token
 
 
 def head_width(text: Any) -> int:

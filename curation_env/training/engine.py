@@ -10,6 +10,7 @@ import torch
 
 from curation_env.training.data import Row, even_micro_batches
 from curation_env.training.model import Features, Student
+from curation_env.training.plan import Plan
 from curation_env.training.recipe import Recipe
 
 
@@ -53,8 +54,14 @@ class SingleProcess:
     def __init__(self, student: Student, recipe: Recipe, rows: list[Row], features: Features) -> None:
         self.student, self.recipe, self.rows, self.features = student, recipe, rows, features
         groups = parameter_groups(student.model, recipe)
+        for group in groups:
+            group["params"] = [self._updated(parameter) for parameter in group["params"]]
         self.parameters = [p for group in groups for p in group["params"]]
         self.optimizer = adamw(groups, recipe)
+
+    def _updated(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """What the optimizer updates in a parameter's place."""
+        return parameter
 
     def step(self, window: Sequence[int], lr: float) -> Update:
         tokens = sum(self.rows[k].n_supervised for k in window)
@@ -71,7 +78,7 @@ class SingleProcess:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return Update(*torch.stack([total, norm]).tolist())
+        return Update(*torch.stack([total, norm.to(total.device)]).tolist())
 
     def finish(self) -> None:
         pass
@@ -163,13 +170,26 @@ def _batches(rows: list[Row], window: Sequence[int], recipe: Recipe) -> list[lis
     return [[rows[window[k]] for k in batch] for batch in even_micro_batches(lengths, recipe.tokens_per_micro_batch)]
 
 
-def make(student: Student, recipe: Recipe, rows: list[Row], features: Features, zero_stage: int) -> Engine:
-    """Return the engine for this device and the number of processes that a launcher started."""
+def make(
+    student: Student, recipe: Recipe, rows: list[Row], features: Features, zero_stage: int, plan: Plan | None = None
+) -> Engine:
+    """Return the engine for this device and the number of processes that a launcher started.
+
+    Args:
+        plan: The way that the run takes on a GPU.
+    """
     from curation_env.training.graph import GraphedProcess
+    from curation_env.training.offload import OffloadedProcess
 
     rank, world = rank_and_world()
+    if plan is not None:
+        recipe = recipe.model_copy(update={"tokens_per_micro_batch": plan.tokens_per_micro_batch})
+        student.checkpointing = plan.checkpointing
     if world > 1:
         return DeepSpeedEngine(student, recipe, rows, features, rank, world, zero_stage)
-    if student.device.type == "cuda" and GraphedProcess.fits(student, recipe) and isinstance(features, dict):
+    if plan is not None and plan.way == "offload":
+        return OffloadedProcess(student, recipe, rows, features)
+    graphed = plan is not None and plan.way == "recipe" and GraphedProcess.fits(student, recipe)
+    if graphed and isinstance(features, dict):
         return GraphedProcess(student, recipe, rows, features)
     return SingleProcess(student, recipe, rows, features)

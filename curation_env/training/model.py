@@ -6,22 +6,23 @@ import functools
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
 
 from curation_env.errors import MissingAssets
 from curation_env.training.data import Encoder, Packed, Rectangle, Row
 from curation_env.training.families import Tensors, parts_of
+from curation_env.training.memory import DTYPES, PIXELS_AT_ONCE, TARGETS_AT_ONCE, Load, tower_blocks
 from curation_env.training.recipe import Recipe
 
 Features = Mapping[bytes, torch.Tensor]
 IMAGES_PER_BATCH = 64
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def resolve_device(device: str, local_rank: int = 0) -> torch.device:
@@ -101,17 +102,30 @@ def _store(
     return keys.transpose(1, 2), values.transpose(1, 2)
 
 
-def _with_its_cache(layer: int, forward: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
+def _with_its_cache(layer: int, forward: Callable[..., Any], student: Student) -> Callable[..., Any]:
     """A layer's forward pass that finds its own part of the cache, where there is one.
 
     Compiled, kernels are fused, for packs of any length. What differs between layers is an argument: compiled code that
     saw a layer's number would be made again for each.
     """
-    if compiled:
+    if student.any_length:
         forward = torch.compile(forward, dynamic=True)
+    forward = _twice_where_asked(student, forward)
 
     def call(*args: Any, cache: Any = None, **options: Any) -> Any:
         return forward(*args, **options, **({} if cache is None else {"stored": cache.of(layer)}))
+
+    return call
+
+
+def _twice_where_asked(student: Student, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A layer's forward pass that keeps what it was given alone, where the student says so: see `Student.twice`."""
+
+    def call(*args: Any, **options: Any) -> Any:
+        if student.twice and torch.is_grad_enabled():
+            # Nothing here draws random numbers, so there is no state of theirs to keep.
+            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **options)
+        return forward(*args, **options)
 
     return call
 
@@ -125,11 +139,19 @@ def _padded(flat: torch.Tensor, rectangle: Rectangle) -> torch.Tensor:
 
 
 class Student:
-    """A model on its device, with what training, generation and signals ask of it."""
+    """A model on its device, with what training, generation and signals ask of it.
+
+    Attributes:
+        checkpointing: Whether a micro-batch has to compute its layers a second time in the backward pass, for want of
+            memory for what they would keep.
+        twice: Whether the one that is computed does.
+    """
 
     def __init__(self, model: Any, device: torch.device) -> None:
         self.model = model
         self.device = device
+        self.checkpointing: Callable[[Load], bool] = lambda load: False
+        self.twice = False
         self.parts = parts_of(model)
 
     @classmethod
@@ -168,11 +190,13 @@ class Student:
             attention = "packed"  # which decodes there, too
         model.set_attn_implementation({"text_config": attention})
         for k, layer in enumerate(student.parts.text.layers):
-            layer.forward = _with_its_cache(k, layer.forward, student.any_length)
+            layer.forward = _with_its_cache(k, layer.forward, student)
         model.eval()  # the students have no dropout: eval and train modes are the same function
         for name, parameter in model.named_parameters():
             if not trains or any(name.startswith(prefix) for prefix in recipe.freeze):
                 parameter.requires_grad_(False)
+        for block in tower_blocks(student.parts.tower):
+            block.forward = _twice_where_asked(student, block.forward)
         return student
 
     @property
@@ -209,10 +233,23 @@ class Student:
         """Return what is kept of images: a frozen tower's features; their pixels, where it trains and sees later."""
         if self.tower_trains:
             return pixels
-        with torch.inference_mode():
-            seen = self.parts.see(self._moved(pixels))
-        # Out of inference mode: training keeps them for the backward pass.
-        return seen.clone() if isinstance(seen, torch.Tensor) else [part.clone() for part in seen]
+        found: list[torch.Tensor] = []
+        for portion in self._portions(pixels):
+            with torch.inference_mode():
+                seen = self.parts.see(self._moved(portion))
+            # Out of inference mode: training keeps them for the backward pass.
+            found += [part.clone() for part in seen]
+        return found
+
+    def _portions(self, pixels: Tensors) -> Iterator[Tensors]:
+        """Cut images into runs that a GPU's memory holds while the tower computes on them; a CPU gets all of them."""
+        start = taken = 0
+        for k, part in enumerate(pixels if self.device.type == "cuda" else ()):
+            if start < k and taken + part.numel() > PIXELS_AT_ONCE:
+                yield pixels[start:k]
+                start, taken = k, 0
+            taken += part.numel()
+        yield pixels[start:]
 
     def _moved(self, values: Tensors) -> Tensors:
         if isinstance(values, torch.Tensor):
@@ -236,6 +273,7 @@ class Student:
     def token_losses(self, rows: Sequence[Row], features: Features) -> torch.Tensor:
         """Return the cross-entropy of every supervised token of `rows`, packed: shape (S,), row after row."""
         packed = Packed.of(rows, self.parts.image_token, self.device)
+        self.twice = self.checkpointing(Load(len(packed.tokens), len(packed.image_slots), len(packed.targets)))
         embedded = self.embed(packed.tokens, packed.image_slots, [features[key] for key in packed.images])
         hidden = self.parts.text(
             inputs_embeds=embedded[None],
@@ -243,8 +281,16 @@ class Student:
             use_cache=False,
             **self.layout(packed),
         ).last_hidden_state[0]
-        logits = self.model.lm_head(hidden.index_select(0, packed.sources))
-        return F.cross_entropy(logits.float(), packed.targets, reduction="none")
+        predicting = hidden.index_select(0, packed.sources)
+        if not self.twice:
+            return self._losses(predicting, packed.targets)
+        parts = zip(predicting.split(TARGETS_AT_ONCE), packed.targets.split(TARGETS_AT_ONCE), strict=True)
+        losses = _twice_where_asked(self, self._losses)
+        return torch.cat([losses(states, targets) for states, targets in parts])
+
+    def _losses(self, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Cross-entropies, (S,), of the targets, (S,), that hidden states, (S, width), predict."""
+        return F.cross_entropy(self.model.lm_head(states).float(), targets, reduction="none")
 
     def tower_digest(self) -> bytes:
         """Digest of the vision tower's weights: what cached features depend on besides the images."""

@@ -21,6 +21,7 @@ import torch
 from curation_env.errors import NonFiniteLoss
 from curation_env.pool import Pool
 from curation_env.training import engine as engines
+from curation_env.training import plan as plans
 from curation_env.training.data import Encoder, read_rows
 from curation_env.training.images import CACHE_BYTES, make_features
 from curation_env.training.model import Student, resolve_device
@@ -54,11 +55,13 @@ def train(
         zero_stage: DeepSpeed's ZeRO stage where a launcher started several processes that share every step.
 
     Returns:
-        `checkpoint` (folder), `steps`, `supervised_tokens` (of one epoch), `final_loss`, `seconds` by part.
+        `checkpoint` (folder), `steps`, `supervised_tokens` (of one epoch), `final_loss`, `seconds` by part, and
+        `memory`: the way that the run took on a GPU (`plan.Plan.record`), None on a CPU.
 
     Raises:
         MissingAssets: The init or the pool is not there.
         UnsupervisedRow: A row has no supervised token after truncation.
+        OutOfMemory: There is no way to train this student on this GPU; nothing was trained.
         NonFiniteLoss: The loss became NaN or infinite; no checkpoint is written.
     """
     clock = time.perf_counter
@@ -82,7 +85,14 @@ def train(
     encoder = Encoder.load(init, recipe)
     rows = encoder.encode(read_rows(Pool.open(pool), sorted(ids), rewrites or {}))
     supervised = sum(row.n_supervised for row in rows)
+    steps = list(windows(len(rows), recipe, seed))
     seconds["data"] = clock() - started
+
+    # Memory. What does not fit is known before anything is loaded; a CPU has no way but the recipe's.
+    plan = None
+    if place.type == "cuda":
+        shares = plans.Shares(world, zero_stage)
+        plan = plans.of_run(init, recipe, rows, [window[rank::world] for window in steps], place, shares)
 
     # Model. The frozen tower sees every distinct image once, in an order that the seed does not move; where features of
     # all are too much to keep, it sees the images of a step at each step.
@@ -90,7 +100,6 @@ def train(
     student = Student.load(init, recipe, place)
     seconds["model"], mark = clock() - mark, clock()
     images = {row.image: row.image_bytes for row in rows if row.image is not None}
-    steps = list(windows(len(rows), recipe, seed))
     features = make_features(
         student,
         encoder,
@@ -103,7 +112,7 @@ def train(
     seconds["features"], mark = clock() - mark, clock()
 
     # Optimizer.
-    engine = engines.make(student, recipe, rows, features, zero_stage)
+    engine = engines.make(student, recipe, rows, features, zero_stage, plan)
 
     # Loop.
     loss_value, step = float("nan"), 0
@@ -140,6 +149,7 @@ def train(
         "supervised_tokens": supervised,
         "final_loss": loss_value,
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
+        "memory": None if plan is None else plan.record(),
     }
 
 

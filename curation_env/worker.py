@@ -95,8 +95,13 @@ def run_stage(name: str, payload: dict[str, Any], on_progress: Progress) -> dict
     Raises:
         CurationError: What went wrong, by its cause.
     """
+    from curation_env.group import Group, run
     from curation_env.training.recipe import Recipe
 
+    payload = dict(payload)
+    group = Group(*payload.pop("group", ()))
+    if name == "train" and group.shared:
+        return run(group, name, {**payload, "zero_stage": group.zero_stage}, on_progress)
     if name == "train":
         from curation_env.training.vlm import train
 

@@ -25,6 +25,7 @@ from curation_env.training.data import Encoder, read_rows
 from curation_env.training.images import CACHE_BYTES, make_features
 from curation_env.training.model import Student, resolve_device
 from curation_env.training.recipe import Recipe
+from curation_env.training.share import share
 
 log = logging.getLogger(__name__)
 Progress = Callable[[dict[str, Any]], None]
@@ -96,7 +97,10 @@ def train(
         encoder,
         images,
         ((() if row.image is None else (row.image,), row.tokens) for row in rows),
-        lambda: [[key for k in window[rank::world] if (key := rows[k].image) is not None] for window in steps],
+        lambda: [
+            [key for batch in share(rows, window, recipe, rank, world) for row in batch.rows if (key := row.image)]
+            for window in steps
+        ],
         CACHE_BYTES,
         lambda done, n: report(_event("images", done, n, "images", mark)),
     )
@@ -129,9 +133,9 @@ def train(
     seconds["steps"], mark = clock() - mark, clock()
 
     checkpoint = out / "checkpoint"
-    engine.finish()
-    if rank == 0:
-        student.save(checkpoint, init)
+    with engine.whole():
+        if rank == 0:
+            student.save(checkpoint, init)
     seconds["save"] = clock() - mark
     log.info("trained %d steps on %d rows, final loss %.4f", step, len(rows), loss_value)
     return {

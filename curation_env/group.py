@@ -100,7 +100,7 @@ def slots(hostfile: Path) -> int:
     return count
 
 
-def run(group: Group, stage: str, payload: dict[str, Any], on_progress: Progress) -> dict[str, Any]:
+def run_group(group: Group, stage: str, payload: dict[str, Any], on_progress: Progress) -> dict[str, Any]:
     """Run a stage in the group's processes and return what the first one returns.
 
     Args:
@@ -117,7 +117,12 @@ def run(group: Group, stage: str, payload: dict[str, Any], on_progress: Progress
     folder = Path(tempfile.mkdtemp(prefix=".group-", dir=out))
     try:
         environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
-        request = {"stage": stage, "payload": payload, "environment": environment, "watched": group.hostfile is not None}
+        request = {
+            "stage": stage,
+            "payload": payload,
+            "environment": environment,
+            "watched": group.hostfile is not None,
+        }
         write(folder / "request.json", request)
         with _relayed(folder, on_progress):
             died = _on_hosts(group.hostfile, folder) if group.hostfile else _here(group.processes, folder)

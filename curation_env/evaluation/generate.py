@@ -105,12 +105,16 @@ def head_width(text: Any) -> int:
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
+def by_length(prompts: Sequence[Prompt]) -> list[int]:
+    """Indices of prompts, those with similar answer limits and lengths beside each other."""
+    return sorted(range(len(prompts)), key=lambda k: (prompts[k].max_new_tokens, len(prompts[k].tokens), k))
+
+
 def batches(prompts: Sequence[Prompt], max_rows: int, max_tokens: int) -> Iterator[list[int]]:
     """Yield indices of prompts with similar answer limits and lengths; one that is too long stands alone."""
-    order = sorted(range(len(prompts)), key=lambda k: (prompts[k].max_new_tokens, len(prompts[k].tokens), k))
     batch: list[int] = []
     longest = 0
-    for k in order:
+    for k in by_length(prompts):
         longest = max(longest, len(prompts[k].tokens))
         padded = (len(batch) + 1) * (longest + prompts[k].max_new_tokens)
         if batch and (len(batch) == max_rows or padded > max_tokens):

@@ -30,7 +30,9 @@ def share(rows: Sequence[Row], window: Sequence[int], recipe: Recipe, rank: int,
 
     Within one, rows go by length, so that they pack tightly.
     """
-    of_ranks = [_packed(rows, part, recipe) for part in even_shares([len(rows[k].tokens) for k in window], world, window)]
+    of_ranks = [
+        _packed(rows, part, recipe) for part in even_shares([len(rows[k].tokens) for k in window], world, window)
+    ]
     by_length = sorted((rows[k] for k in window), key=lambda row: len(row.tokens))
     batches = []
     for k in range(max(len(own) for own in of_ranks)):

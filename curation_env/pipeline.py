@@ -21,6 +21,7 @@ import numpy as np
 from curation_env.assets import Assets
 from curation_env.cache import Cache
 from curation_env.errors import CurationError, RejectedSubmission, StageFailed
+from curation_env.group import Group
 from curation_env.pool import Pool, canonical_json
 from curation_env.scratch import Scratch
 from curation_env.students import card_of, identity, student_hash
@@ -123,6 +124,7 @@ class Pipeline:
         data_root: Where results and signals are cached.
         device: "cpu", "cuda" or "auto".
         gpu_memory_gib: What stages may take of a GPU; None: all that is free.
+        group: The processes that train and evaluate together.
         cache: Whether earlier results of equal submissions are taken.
         limits: What a stage may take, by its name, where it is not what its size gives.
     """
@@ -137,6 +139,7 @@ class Pipeline:
         data_root: Path,
         device: str = "auto",
         gpu_memory_gib: float | None = None,
+        group: Group = Group(),  # noqa: B008  # immutable
         cache: bool = True,
         limits: Mapping[str, Resources] | None = None,
     ) -> None:
@@ -146,6 +149,7 @@ class Pipeline:
         self.judge = judge
         self.device = device
         self.gpu_memory_gib = gpu_memory_gib
+        self.group = group
         self.data_root = data_root
         self._results = Cache(data_root / "results") if cache else None
         self._signals = Cache(data_root / "signals")
@@ -319,7 +323,10 @@ class Pipeline:
 
     @functools.cached_property
     def _result_key(self) -> str:
-        engine = _short({**self._engine, "suite": self._suite_digest})
+        # Several processes add the same numbers up in another order: scores differ by rounding alone, as between two
+        # models of GPU, and are kept apart like those, so that a result read is the one that would be made.
+        group = {"group": [self.group.processes, self.group.zero_stage]} if self.group.processes > 1 else {}
+        engine = _short({**self._engine, "suite": self._suite_digest, **group})
         return f"v{SCORING_VERSION}-{engine}/{self.task.hash[:32]}"
 
     @functools.cached_property
@@ -346,6 +353,7 @@ class Pipeline:
             "seed": seed,
             "device": self.device,
             "out": str(out),
+            **self._sharing,
         }
         rows = len(submission.ids) * self.task.recipe_config["epochs"]
         with _timed(seconds, "train"):
@@ -356,11 +364,17 @@ class Pipeline:
             trained.rename(out / "checkpoint")
         return result.get("memory")
 
+    @property
+    def _sharing(self) -> dict[str, Any]:
+        """What a stage that several processes share is told of them."""
+        return {"group": list(self.group)} if self.group.shared else {}
+
     def _evaluate(self, checkpoint: Path, out: Path, on_progress: Progress | None, seconds: dict[str, float]) -> None:
         """Score a checkpoint; a judge of the user's gets a stage of its own, after the student has left the GPU."""
         suite, judge = self.task.suite_config, self.judge
         common = {"suite": suite, "suite_dir": str(self.assets.suite), "out": str(out)}
         student = {"checkpoint": str(checkpoint), "recipe": self.task.recipe_config, "device": self.device}
+        student |= self._sharing
         items = sum(benchmark["cost"] for benchmark in suite["benchmarks"].values())
 
         def asking() -> dict[str, Any]:
@@ -421,7 +435,8 @@ class Pipeline:
                     return _as_result(files, cached=True)
                 except (KeyError, TypeError, ValueError, AttributeError):
                     self._results.discard(key)
-        with Scratch() as scratch:
+        # The machines of a hostfile see the data root alone.
+        with Scratch(self.data_root / "scratch" if self.group.hostfile else None) as scratch:
             make(scratch.path)
             present = (scratch.path / name for name in _RESULT_FILES)
             files = {path.name: path.read_bytes() for path in present if path.is_file()}

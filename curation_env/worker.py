@@ -96,23 +96,32 @@ def run_stage(name: str, payload: dict[str, Any], on_progress: Progress) -> dict
     Raises:
         CurationError: What went wrong, by its cause.
     """
+    from curation_env.group import Group, run_group
     from curation_env.training.recipe import Recipe
 
+    payload = dict(payload)
+    group = Group(*payload.pop("group", ()))
+    if name == "train" and group.shared:
+        return run_group(group, name, {**payload, "zero_stage": group.zero_stage}, on_progress)
     if name == "train":
         from curation_env.training.vlm import train
 
         recipe = Recipe.model_validate(payload["recipe"])
         return train(**{**payload, "recipe": recipe}, on_progress=on_progress)
-    if name in ("evaluate", "answer", "grade"):
+    if name in ("evaluate", "answer", "answer_share", "grade"):
         from curation_env.evaluation import run
         from curation_env.evaluation.judge import Endpoint
         from curation_env.evaluation.suite import Suite
 
         known: dict[str, Any] = {"suite": Suite.model_validate(payload["suite"])}
+        if name != "grade":
+            known["recipe"] = Recipe.model_validate(payload["recipe"])
+        if name == "answer_share":
+            return run.answer_share(**{**payload, **known}, on_progress=on_progress)
         known["judge"] = Endpoint(**payload["judge"]) if payload.get("judge") else None
         if name == "grade":
             return run.grade(**{**payload, **known}, on_progress=on_progress)
-        known["recipe"] = Recipe.model_validate(payload["recipe"])
+        known["group"] = group if group.shared else None
         half = run.answer if name == "answer" else run.evaluate
         return half(**{**payload, **known}, on_progress=on_progress)
     if name == "signal":

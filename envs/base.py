@@ -22,6 +22,7 @@ from curation_env.assets import Assets, data_root, prepared
 from curation_env.choices import DEVICES, SANDBOXES, check_choice, check_gib
 from curation_env.envs.spaces import SharedText
 from curation_env.errors import AgentError, LimitExceeded
+from curation_env.group import Group
 from curation_env.statuses import STATUSES
 from curation_env.task import Task
 
@@ -106,6 +107,10 @@ equal episodes; `remaining`, `usage` and limits add the measured seconds of comm
         data_root: Folder of pools, suites and caches; default `$CURATION_ENV_DATA` or `~/.cache/curation-env`.
         device: Where to train and evaluate: "auto", "cpu" or "cuda".
         gpu_memory_gib: What training and evaluation may take of a GPU's memory; default: all that is free.
+        processes: How many processes of this machine share training and evaluation, on a GPU each; see
+            `docs/scaling.md`.
+        hostfile: Machines that share them, in place of `processes`: a file with a line `HOST slots=N` each.
+        zero_stage: What those processes share out besides rows: moments (1), gradients too (2), weights too (3).
         cache: Whether results of equal submissions are taken from earlier runs.
         on_progress: Called with a dict (stage, done, total, unit, seconds_left, ...) while something runs.
         render_mode: "ansi" (a table as text), "human" (the same, printed) or "rgb_array" (a small plot).
@@ -131,6 +136,9 @@ equal episodes; `remaining`, `usage` and limits add the measured seconds of comm
         data_root: str | Path | None = None,
         device: str = "auto",
         gpu_memory_gib: float | None = None,
+        processes: int = 1,
+        hostfile: str | Path | None = None,
+        zero_stage: int = 1,
         cache: bool = True,
         on_progress: Callable[[dict[str, Any]], None] | None = None,
         render_mode: str | None = None,
@@ -150,6 +158,9 @@ equal episodes; `remaining`, `usage` and limits add the measured seconds of comm
             data_root=data_root,
             device=device,
             gpu_memory_gib=gpu_memory_gib,
+            processes=processes,
+            hostfile=hostfile,
+            zero_stage=zero_stage,
             cache=cache,
             on_progress=on_progress,
             render_mode=render_mode,
@@ -157,6 +168,7 @@ equal episodes; `remaining`, `usage` and limits add the measured seconds of comm
         check_choice("sandbox", sandbox, SANDBOXES)
         check_choice("device", device, DEVICES)
         check_gib("gpu_memory_gib", gpu_memory_gib)
+        self._group = Group.checked(processes, hostfile, zero_stage)
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise ValueError(f"render_mode must be one of {self.metadata['render_modes']}, not {render_mode!r}")
         self.task = Task.load(
@@ -424,6 +436,7 @@ equal episodes; `remaining`, `usage` and limits add the measured seconds of comm
             data_root=root,
             device=self._device,
             gpu_memory_gib=self._gpu_memory_gib,
+            group=self._group,
             cache=self._cache,
         )
         return self._pipeline

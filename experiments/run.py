@@ -26,6 +26,7 @@ from curation_env.actions import TOOLS
 from curation_env.agents.base import Agent, EpisodeResult, Step, has_ended, run_episode
 from curation_env.choices import DEVICES, SANDBOXES, check_choice, check_gib
 from curation_env.errors import CurationError, InvalidSetting
+from curation_env.group import Group
 from curation_env.ledger import read_events
 from curation_env.pool import canonical_json
 from curation_env.progress import Progress
@@ -108,8 +109,7 @@ def play(settings: dict[str, Any], agent: Agent, folder: Path, tracker: Tracker)
             **{key: settings[key] for key in OVERRIDES},
             final_choice=settings["final_choice"],
             sandbox=settings["sandbox"]["kind"],
-            device=settings["executor"]["device"],
-            gpu_memory_gib=settings["executor"]["gpu_memory_gib"],
+            **settings["executor"],
             data_root=settings["data_root"],
             cache=settings["cache"],
             run_dir=str(folder),
@@ -167,6 +167,7 @@ def _task(settings: dict[str, Any]) -> Task:
     check_choice("sandbox.kind", settings["sandbox"]["kind"], SANDBOXES)
     check_choice("executor.device", settings["executor"]["device"], DEVICES)
     check_gib("executor.gpu_memory_gib", settings["executor"]["gpu_memory_gib"])
+    Group.checked(*(settings["executor"][key] for key in ("processes", "hostfile", "zero_stage")))
     check_amounts(settings["limits"])
     return task
 

@@ -90,7 +90,7 @@ def test_an_endpoint_is_probed_before_the_student_answers(
         assert not stages
         monkeypatch.setenv("CURATION_JUDGE_URL", server.url)
         monkeypatch.setenv(COMMAND, "never-started")  # the address goes before the command
-        assert set(pipeline.base().seconds) == {"evaluate", "judge"}
+        assert {part for part in pipeline.base().seconds if ": " not in part} == {"evaluate", "judge"}
     finally:
         server.shutdown()
         server.server_close()

@@ -1,4 +1,4 @@
-"""Two processes through DeepSpeed take the same steps as one, to rounding."""
+"""Four processes through DeepSpeed take the same steps as one, to rounding."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families_support import make_qwen
@@ -18,21 +19,43 @@ from safetensors.torch import load_file
 from training_support import make_init, make_pool, make_rows
 
 from curation_env.pool import Pool
+from curation_env.training.data import Encoder, read_rows
 from curation_env.training.recipe import Recipe
-from curation_env.training.vlm import train
+from curation_env.training.share import share
+from curation_env.training.vlm import train, windows
 
+WORLD = 4
 # ZeRO stages, in fp32 and in bf16, and with a student whose tower trains.
-SHARED = ("1", "2", "half 1", "half 2", "qwen 2")
+SHARED = ("1", "2", "3", "half 1", "half 2", "half 3", "qwen 2", "qwen 3")
+
+
+def rows_of_every_kind(init: Path, recipe: Recipe) -> list[dict[str, Any]]:
+    """Rows with and without an image, cut ones, and one that the cut leaves a single target; not a multiple of four."""
+    rows = make_rows(35, text_only_every=2)
+    rows[1]["conversation"] = [{"user": "colour ?", "assistant": "the blue " * 40}]
+    rows[2]["conversation"] = [{"user": "is it red ?", "assistant": "the blue " * 40}]
+    encoder, asked = Encoder.load(init, recipe), "please "
+    while True:
+        rows[4]["conversation"] = [{"user": asked, "assistant": "yes no"}]
+        (row,) = encoder.encode_rows([{"id": "r", **rows[4]}])
+        if row.n_supervised == 1:
+            return rows
+        asked += "please "
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Results of one process ("0") and of two under ZeRO stage 1 and 2, started once."""
+def recipe() -> Recipe:
+    """Small micro-batches: several a window, not equally many everywhere, some without an image."""
+    changes = {"epochs": 2, "tokens_per_micro_batch": 60, "grad_clip": 0.5, "max_length": 48}
+    return Recipe.load("mini-v1").model_copy(update=changes)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """Results of one process ("0") and of four under each ZeRO stage, started once."""
     folder = tmp_path_factory.mktemp("engine")
     init = make_init(folder / "init", width=32, layers=2)
-    pool = make_pool(folder / "pool", make_rows(40, text_only_every=2))
-    # Small micro-batches: several a window, not equally many on both sides, some without an image.
-    recipe = Recipe.load("mini-v1").model_copy(update={"epochs": 2, "tokens_per_micro_batch": 110, "grad_clip": 0.5})
+    pool = make_pool(folder / "pool", rows_of_every_kind(init, recipe))
     common: dict[str, Any] = {"init": str(init), "pool": str(pool), "ids": sorted(Pool.open(pool).ids)}
     common |= {"seed": 42, "device": "cpu"}
     half = recipe.model_copy(update={"precision": "bf16", "lr": 2e-5})
@@ -40,7 +63,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     results["half 0"] = train(**common, recipe=half, out=folder / "half 0")
     (folder / "qwen").mkdir()
     chat = Recipe.load("qwen2.5-vl-3b-v1").chat
-    whole = {"chat": chat, "freeze": (), "image_pad": "none", "max_length": 256, "tokens_per_micro_batch": 500}
+    whole = {"chat": chat, "freeze": (), "image_pad": "none", "max_length": 256, "tokens_per_micro_batch": 250}
     qwen, of_qwen = recipe.model_copy(update=whole), {"init": str(make_qwen(folder / "qwen"))}
     results["qwen 0"] = train(**(common | of_qwen), recipe=qwen, out=folder / "qwen 0")
     recipes = {"half": half, "qwen": qwen}
@@ -51,12 +74,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
             "zero_stage": int(name[-1]),
             "out": str(folder / name),
         }
-        (folder / f"{name}.json").write_text(json.dumps(payload))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "curation_env.training.launch", *(str(folder / f"{name}.json") for name in SHARED)]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        (folder / name).mkdir()
+        request = {"stage": "train", "payload": payload, "environment": {}, "watched": False}
+        (folder / name / "request.json").write_text(json.dumps(request))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(WORLD)]
+    command += ["-m", "curation_env.launch", *(str(folder / name) for name in SHARED)]
     with open(folder / "log", "w") as log:
-        launcher = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        launcher = subprocess.Popen(
+            command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, start_new_session=True
+        )
         try:
             code = launcher.wait(240)
         finally:
@@ -73,11 +99,10 @@ def log_lines(result: dict[str, Any]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-@pytest.mark.parametrize(
-    ("alone", "together", "init"), [("0", "1", "init"), ("0", "2", "init"), ("qwen 0", "qwen 2", "qwen")]
-)
-def test_two_processes_equal_one(runs: dict[str, dict[str, Any]], alone: str, together: str, init: str) -> None:
-    one, two = runs[alone], runs[together]
+@pytest.mark.parametrize(("kind", "stage"), [("", "1"), ("", "2"), ("", "3"), ("qwen ", "2"), ("qwen ", "3")])
+def test_four_processes_equal_one(runs: dict[str, dict[str, Any]], kind: str, stage: str) -> None:
+    one, two = runs[f"{kind}0"], runs[f"{kind}{stage}"]
+    init = kind.strip() or "init"
     assert two["steps"] == one["steps"] == 6
     for single, shared in zip(log_lines(one), log_lines(two), strict=True):
         assert shared["tokens"] == single["tokens"]
@@ -92,7 +117,7 @@ def test_two_processes_equal_one(runs: dict[str, dict[str, Any]], alone: str, to
     assert any(not torch.equal(a[name], start[name]) for name in start)
 
 
-@pytest.mark.parametrize("stage", ["1", "2"])
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
 def test_half_precision_has_no_copies_in_full_precision(runs: dict[str, dict[str, Any]], stage: str) -> None:
     """Small updates are lost in bf16 weights; copies in fp32 would add them up until more weights change."""
     one, two = runs["half 0"], runs[f"half {stage}"]
@@ -111,3 +136,26 @@ def test_half_precision_has_no_copies_in_full_precision(runs: dict[str, dict[str
     share_one, share_two = (sum(changed[key]) / sum(changed["all"]) for key in ("one", "two"))
     assert 0.05 < share_one < 0.95
     assert share_two == pytest.approx(share_one, abs=0.03)
+
+
+def test_windows_are_shared_out_evenly_and_processes_fit_each_other(tmp_path: Path, recipe: Recipe) -> None:
+    init = make_init(tmp_path / "init", width=32, layers=2)
+    pool = Pool.open(make_pool(tmp_path / "pool", rows_of_every_kind(init, recipe)))
+    rows = Encoder.load(init, recipe).encode(read_rows(pool, sorted(pool.ids), {}))
+    assert min(row.n_supervised for row in rows) == 1
+    assert sum(len(row.tokens) == recipe.max_length for row in rows) >= 2
+    steps = list(windows(len(rows), recipe, 42))
+    assert len(steps[-1]) < WORLD
+    spares = 0
+    for window in steps:
+        of_ranks = [share(rows, window, recipe, rank, WORLD) for rank in range(WORLD)]
+        counted = [row.id for own in of_ranks for batch in own for row in batch.rows[: batch.counted]]
+        assert sorted(counted) == sorted(rows[k].id for k in window)
+        used = [sum(len(row.tokens) for batch in own for row in batch.rows[: batch.counted]) for own in of_ranks]
+        if len(window) > WORLD:
+            assert max(used) < 1.2 * np.mean(used)
+        for together in zip(*of_ranks, strict=True):  # equally many micro-batches
+            assert len({any(row.image is not None for row in batch.rows) for batch in together}) == 1
+            assert all(batch.rows for batch in together)
+            spares += sum(len(batch.rows) > batch.counted for batch in together)
+    assert spares

@@ -111,6 +111,11 @@ def head_width(text: Any) -> int:
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
+def by_length(prompts: Sequence[Prompt]) -> list[int]:
+    """Indices of prompts, those with similar answer limits and lengths beside each other."""
+    return sorted(range(len(prompts)), key=lambda k: (prompts[k].max_new_tokens, len(prompts[k].tokens), k))
+
+
 def padded_length(n: int, step: int = LENGTH_STEP) -> int:
     """Tokens that a prompt of `n` takes in a batch: the next multiple of `step`."""
     return -(-n // step) * step
@@ -122,10 +127,9 @@ def batches(prompts: Sequence[Prompt], max_rows: int, max_tokens: int, step: int
     Args:
         max_tokens: Of a batch, its prompts padded to a multiple of `step` and answers included.
     """
-    order = sorted(range(len(prompts)), key=lambda k: (prompts[k].max_new_tokens, len(prompts[k].tokens), k))
     batch: list[int] = []
     longest = 0
-    for k in order:
+    for k in by_length(prompts):
         longest = max(longest, padded_length(len(prompts[k].tokens), step))
         padded = (len(batch) + 1) * (longest + prompts[k].max_new_tokens)
         if batch and (len(batch) == max_rows or padded > max_tokens):

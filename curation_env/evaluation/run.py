@@ -10,23 +10,28 @@ import gc
 import hashlib
 import json
 import math
+import os
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from curation_env.errors import JudgeUnavailable, StageFailed
-from curation_env.evaluation.generate import Prompt, generate, suite_features
+from curation_env.evaluation.generate import Prompt, by_length, generate, suite_features
 from curation_env.evaluation.judge import Endpoint, JudgeClient
 from curation_env.evaluation.scorers import Grade, JudgeRequest, Scorer, make_scorer
 from curation_env.evaluation.spreadsheet import read_back
 from curation_env.evaluation.suite import Item, Part, Suite, fingerprint, read_split, read_suite
 from curation_env.evaluation.wording import Wording, title
+from curation_env.group import Group, run_group
+from curation_env.launch import write
 from curation_env.training.data import Encoder, image_key
+from curation_env.training.engine import rank_and_world
 from curation_env.training.images import KeptFeatures, StreamedFeatures
 from curation_env.training.model import Student, resolve_device
 from curation_env.training.recipe import Recipe
@@ -68,9 +73,13 @@ def evaluate(
     out: str | Path,
     judge: Endpoint | None = None,
     device: str = "auto",
+    group: Group | None = None,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Evaluate a checkpoint on every benchmark of a suite: all of them or an error.
+
+    Args:
+        group: Processes that share the questions, where this one does not answer them itself.
 
     Returns:
         `scores` (percent by part "feedback", "sealed", "all" and benchmark), `stderr` (of each part's mean, in points),
@@ -87,7 +96,8 @@ def evaluate(
     report = on_progress or (lambda event: None)
     seconds: dict[str, float] = {}
     with _probed(suite, judge) as client:
-        items, texts = _answers(checkpoint, recipe, suite, suite_dir, device, report, seconds)
+        source = _Source(checkpoint, recipe, suite, suite_dir, device)
+        items, texts = _answers(source, group, Path(out), report, seconds)
         return _grade(client, judge, suite, items, texts, Path(out), report, seconds)
 
 
@@ -100,12 +110,14 @@ def answer(
     out: str | Path,
     judge: Endpoint | None = None,
     device: str = "auto",
+    group: Group | None = None,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """The first half of `evaluate`: write the student's answers to `out` and leave the device to others.
 
     Args:
         judge: Probed before anything is generated; None where it is started afterwards.
+        group: As for `evaluate`.
 
     Returns:
         `seconds`.
@@ -118,7 +130,7 @@ def answer(
             pass
     seconds: dict[str, float] = {}
     report = on_progress or (lambda event: None)
-    _, texts = _answers(checkpoint, recipe, suite, suite_dir, device, report, seconds)
+    _, texts = _answers(_Source(checkpoint, recipe, suite, suite_dir, device), group, Path(out), report, seconds)
     _features.clear()
     gc.collect()
     if torch.cuda.is_available():
@@ -155,41 +167,102 @@ def grade(
         return _grade(client, judge, suite, items, texts, Path(out), on_progress or (lambda event: None), {})
 
 
-def _answers(
+def answer_share(
+    *,
     checkpoint: str | Path,
     recipe: Recipe,
     suite: Suite,
     suite_dir: str | Path,
-    device: str,
-    report: Progress,
-    seconds: dict[str, float],
+    out: str | Path,
+    device: str = "auto",
+    on_progress: Progress | None = None,
+) -> dict[str, Any]:
+    """What each of several processes does for `answer`: write its own part of the answers into `out`.
+
+    Returns:
+        `seconds`.
+    """
+    rank, world = rank_and_world()
+    seconds: dict[str, float] = {}
+    source = _Source(checkpoint, recipe, suite, suite_dir, device)
+    own = _generated(source, on_progress or (lambda event: None), seconds, rank, world)[1]
+    write(Path(out) / f"{rank}.json", own)
+    return {"seconds": seconds}
+
+
+class _Source(NamedTuple):
+    """What answers, and what it is asked."""
+
+    checkpoint: str | Path
+    recipe: Recipe
+    suite: Suite
+    suite_dir: str | Path
+    device: str
+
+    def payload(self) -> dict[str, Any]:
+        return {
+            "checkpoint": str(self.checkpoint),
+            "recipe": self.recipe.payload(),
+            "suite": self.suite.model_dump(mode="json"),
+            "suite_dir": str(self.suite_dir),
+            "device": self.device,
+        }
+
+
+def _answers(
+    source: _Source, group: Group | None, out: Path, report: Progress, seconds: dict[str, float]
 ) -> tuple[Items, list[str]]:
-    """Load the student and generate its answers, in the order of the items."""
+    """Generate the student's answers, here or in the processes of a group, in the order of the items."""
+    if group is None:
+        items, texts = _generated(source, report, seconds)
+    else:
+        items, texts = _read(source.suite, source.suite_dir)[1], {}
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".answers-", dir=out) as folder:
+            result = run_group(group, "answer_share", source.payload() | {"out": folder}, report)
+            for rank in range(group.processes):
+                texts |= {int(k): text for k, text in json.loads((Path(folder) / f"{rank}.json").read_text()).items()}
+        seconds |= result["seconds"]
+    return items, [texts[k] for k in sorted(texts)]
+
+
+def _generated(
+    source: _Source, report: Progress, seconds: dict[str, float], rank: int = 0, world: int = 1
+) -> tuple[Items, dict[int, str]]:
+    """Load the student and generate one process's part of its answers, by place of the item.
+
+    Processes take turns at the questions from short to long, so that their parts take about equally long.
+    """
     mark = time.perf_counter()
-    encoder = Encoder.load(checkpoint, recipe)
-    student = Student.load(checkpoint, recipe, resolve_device(device), attention="sdpa")
-    key, items, prepared = _prepare(encoder, suite, suite_dir, checkpoint)
-    place = (key, student.tower_digest(), str(student.device))
-    features: KeptFeatures | StreamedFeatures | None = _features.get(place)
+    encoder = Encoder.load(source.checkpoint, source.recipe)
+    place = resolve_device(source.device, int(os.environ.get("LOCAL_RANK", 0)))
+    student = Student.load(source.checkpoint, source.recipe, place, attention="sdpa")
+    key, items, prepared = _prepare(encoder, source.suite, source.suite_dir, source.checkpoint)
+    own = sorted(by_length(prepared.prompts)[rank::world])
+    prompts = [prepared.prompts[k] for k in own]
+    of = (key, student.tower_digest(), str(student.device))
+    features: KeptFeatures | StreamedFeatures | None = _features.get(of)
     if features is None:
         _features.clear()
         told = _progress(report, "images", "images")
-        features = suite_features(student, encoder, prepared.prompts, prepared.images, told)
+        images = {image: prepared.images[image] for prompt in prompts for image in prompt.images}
+        features = suite_features(student, encoder, prompts, images, told)
         if isinstance(features, KeptFeatures):
-            _features[place] = features
+            _features[of] = features
     seconds["load"], mark = round(time.perf_counter() - mark, 4), time.perf_counter()
+    told, total = _progress(report, "evaluate", "questions"), len(prepared.prompts)
     with features:
         answers = generate(
             student,
-            prepared.prompts,
+            prompts,
             features,
             end_token=encoder.end_token,
             stop_tokens=encoder.stop_tokens,
-            on_progress=_progress(report, "evaluate", "questions"),
+            on_progress=lambda done, n: told(total if done == n else done * world, total),
         )
-    texts = [text.strip() for text in encoder.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+    texts = encoder.tokenizer.batch_decode(answers, skip_special_tokens=True) if answers else []
     seconds["generate"] = round(time.perf_counter() - mark, 4)
-    return items, texts
+    return items, {k: text.strip() for k, text in zip(own, texts, strict=True)}
 
 
 def _grade(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -12,6 +13,9 @@ from curation_env.training.data import Row, even_micro_batches
 from curation_env.training.model import Features, Student
 from curation_env.training.plan import Plan
 from curation_env.training.recipe import Recipe
+from curation_env.training.share import MicroBatch, share
+
+REDUCE_BUCKET = 200_000_000  # parameters whose gradients are exchanged at a time
 
 
 class Update(NamedTuple):
@@ -25,13 +29,36 @@ class Engine(Protocol):
     def step(self, window: Sequence[int], lr: float) -> Update:
         """Take one optimizer step over the rows `window` (indices); every process is given the whole window."""
 
-    def finish(self) -> None:
-        """Wait until every process is done with the weights."""
+    def whole(self) -> contextlib.AbstractContextManager[None]:
+        """Hold the weights whole, on every process: all of them enter, and leave together."""
 
 
 def rank_and_world() -> tuple[int, int]:
     """This process's rank and the number of processes, as a launcher sets them."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join(device: torch.device) -> None:
+    """Join the processes that share this run."""
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    if device.type == "cpu":
+        # Its shared-memory collectives would be compiled here at run time, for minutes; gloo needs no compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    else:
+        torch.cuda.set_device(device)
+    deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl", verbose=False)
+
+
+def least(values: Sequence[int], device: torch.device) -> list[int]:
+    """The least of what each process has, one by one; the values themselves where there is one process."""
+    if rank_and_world()[1] == 1:
+        return list(values)
+    together = torch.tensor(list(values), device=device)
+    torch.distributed.all_reduce(together, op=torch.distributed.ReduceOp.MIN)
+    return together.tolist()
 
 
 def parameter_groups(model: torch.nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
@@ -80,30 +107,42 @@ class SingleProcess:
         self.optimizer.zero_grad(set_to_none=True)
         return Update(*torch.stack([total, norm.to(total.device)]).tolist())
 
-    def finish(self) -> None:
-        pass
+    def whole(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
 
 class _SummedLoss(torch.nn.Module):
-    """The forward pass that DeepSpeed wraps: it does its bookkeeping at the start of each."""
+    """The forward pass that the processes' exchange is wrapped around: it does its bookkeeping at the start of each.
+
+    It holds what trains. A frozen tower stays whole on every process, which runs it when it needs its images.
+    """
 
     def __init__(self, student: Student) -> None:
         super().__init__()
-        self.model = student.model
+        self.trained = torch.nn.ModuleList(_trained(student.model))
         self.student = student
 
-    def forward(self, rows: list[Row], features: Features) -> torch.Tensor:
-        # Zero times every trainable parameter keeps each of them in the graph, also where no row has an image or where
-        # there is no row, so that all processes exchange the same gradients.
-        anchor = sum(
-            (p.sum() for p in self.model.parameters() if p.requires_grad), torch.zeros((), device=self.student.device)
-        )
-        total = 0.0 * anchor
-        return total + self.student.token_losses(rows, features).sum() if rows else total
+    def forward(self, batch: MicroBatch, features: Features) -> torch.Tensor:
+        losses = self.student.token_losses(batch.rows, features)
+        return losses[: batch.targets].sum() + 0.0 * losses[batch.targets :].sum()
+
+
+def _trained(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The largest parts of a module all of whose parameters train."""
+    trains = [parameter.requires_grad for parameter in module.parameters()]
+    if trains and all(trains):
+        yield module
+    elif any(trains):
+        for child in module.children():
+            yield from _trained(child)
 
 
 class DeepSpeedEngine:
-    """DeepSpeed's ZeRO stage 1 or 2 over the same AdamW: every process holds a share of the moments (and gradients)."""
+    """DeepSpeed's ZeRO over the same AdamW, for processes that have joined (`join`).
+
+    Every process holds a share of the moments (stage 1), of the gradients too (2), of the weights too (3). Stage 1
+    exchanges gradients once a step, during the last micro-batch; the others with every micro-batch.
+    """
 
     def __init__(
         self, student: Student, recipe: Recipe, rows: list[Row], features: Features, rank: int, world: int, stage: int
@@ -111,17 +150,19 @@ class DeepSpeedEngine:
         import deepspeed
 
         device = student.device
-        if device.type == "cpu":
-            # Its shared-memory collectives would be compiled here at run time, for minutes; gloo needs no compiler.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl", verbose=False)
-        self.device, self.rank, self.world = device, rank, world
+        self.device, self.rank, self.world, self.stage = device, rank, world, stage
         self.recipe, self.rows, self.features = recipe, rows, features
+        self.parameters = [p for group in parameter_groups(student.model, recipe) for p in group["params"]]
+        zero: dict[str, Any] = {"stage": stage, "overlap_comm": device.type == "cuda"}
+        if stage == 3:  # vectors stay whole: gathering them anew would cost more than it saves
+            zero["stage3_param_persistence_threshold"] = max(p.numel() for p in self.parameters if p.ndim < 2)
+        else:
+            zero["reduce_bucket_size"] = REDUCE_BUCKET
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,  # counts nothing here: the window decides
             "gradient_accumulation_steps": 1,
             "gradient_clipping": recipe.grad_clip,
-            "zero_optimization": {"stage": stage},
+            "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
         }
         if student.model.dtype == torch.bfloat16:
@@ -138,9 +179,10 @@ class DeepSpeedEngine:
     def step(self, window: Sequence[int], lr: float) -> Update:
         tokens = sum(self.rows[k].n_supervised for k in window)
         total = torch.zeros((), device=self.device)
-        for batch, last in self._shared(_batches(self.rows, window[self.rank :: self.world], self.recipe)):
+        batches = share(self.rows, window, self.recipe, self.rank, self.world)
+        for k, batch in enumerate(batches):
             loss = self.engine(batch, self.features) / tokens
-            self.engine.set_gradient_accumulation_boundary(last)
+            self.engine.set_gradient_accumulation_boundary(k == len(batches) - 1)
             # DeepSpeed means over processes; the window's loss is a sum over them.
             self.engine.backward(loss * self.world)
             total += loss.detach()
@@ -150,17 +192,12 @@ class DeepSpeedEngine:
         self.engine.step()
         return Update(float(total), float(self.engine.get_global_grad_norm()))
 
-    def _shared(self, batches: list[list[Row]]) -> Iterator[tuple[list[Row], bool]]:
-        """Yield this process's micro-batches, and whether each is the last of the window.
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        import deepspeed
 
-        Every process takes part in every exchange of gradients: the others' surplus is met by empty batches.
-        """
-        most = torch.tensor(len(batches), device=self.device)
-        torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
-        for k in range(int(most)):
-            yield batches[k] if k < len(batches) else [], k == int(most) - 1
-
-    def finish(self) -> None:
+        with deepspeed.zero.GatheredParameters(self.parameters, enabled=self.stage == 3):
+            yield
         torch.distributed.barrier()
 
 
@@ -182,9 +219,11 @@ def make(
     from curation_env.training.offload import OffloadedProcess
 
     rank, world = rank_and_world()
-    if plan is not None:
-        recipe = recipe.model_copy(update={"tokens_per_micro_batch": plan.tokens_per_micro_batch})
+    if plan is not None and (world == 1 or zero_stage < 3):
         student.checkpointing = plan.checkpointing
+    elif plan is not None:  # all processes gather weights in the same order, so all of them do it, or none
+        whole = plan.checkpointed > 0
+        student.checkpointing = lambda load: whole
     if world > 1:
         return DeepSpeedEngine(student, recipe, rows, features, rank, world, zero_stage)
     if plan is not None and plan.way == "offload":

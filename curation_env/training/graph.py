@@ -8,6 +8,7 @@ packed rows, in another order of summation.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -62,8 +63,8 @@ class GraphedProcess:
             self.result = self._update()
         return Update(*self.result.tolist())
 
-    def finish(self) -> None:
-        pass
+    def whole(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def _capture(self) -> torch.Tensor:
         """Record a step. The steps before it are over empty windows and leave the weights as they are."""

@@ -161,13 +161,13 @@ def of_run(
     recipe: Recipe,
     rows: Sequence[Row],
     windows: Sequence[Sequence[int]],
-    device: torch.device,
-    shares: Shares,
+    machine: Machine,
+    shares: Shares = ALONE,
 ) -> Plan:
     """Choose the way of a run before its weights are loaded; see `choose`.
 
     Args:
-        windows: Indices of this process's rows of every step.
+        windows: Indices of the rows that a process has in a step, for every step and process.
 
     Raises:
         OutOfMemory: There is none.
@@ -192,12 +192,12 @@ def of_run(
         recipe.tokens_per_micro_batch,
         max(load.tokens for load in each),
         loads,
-        read_machine(device),
+        machine,
         features=features,
         seen=seen,
         shares=shares,
     )
-    log.info("%s: training %s", torch.cuda.get_device_name(device), plan.describe())
+    log.info("training %s", plan.describe())
     return plan
 
 

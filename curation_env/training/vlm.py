@@ -26,6 +26,7 @@ from curation_env.training.data import Encoder, read_rows
 from curation_env.training.images import CACHE_BYTES, make_features
 from curation_env.training.model import Student, resolve_device
 from curation_env.training.recipe import Recipe
+from curation_env.training.share import even_shares, share
 
 log = logging.getLogger(__name__)
 Progress = Callable[[dict[str, Any]], None]
@@ -89,10 +90,16 @@ def train(
     seconds["data"] = clock() - started
 
     # Memory. What does not fit is known before anything is loaded; a CPU has no way but the recipe's.
+    # Processes that share steps go the same way: the one for which the GPU with the least room has enough.
     plan = None
+    if world > 1:
+        engines.join(place)
     if place.type == "cuda":
-        shares = plans.Shares(world, zero_stage)
-        plan = plans.of_run(init, recipe, rows, [window[rank::world] for window in steps], place, shares)
+        machine = plans.Machine(*engines.least(plans.read_machine(place), place))
+        lengths = [len(row.tokens) for row in rows]
+        parts = [part for w in steps for part in even_shares([lengths[k] for k in w], world, w)]
+        plan = plans.of_run(init, recipe, rows, parts, machine, plans.Shares(world, zero_stage))
+        recipe = recipe.model_copy(update={"tokens_per_micro_batch": plan.tokens_per_micro_batch})
 
     # Model. The frozen tower sees every distinct image once, in an order that the seed does not move; where features of
     # all are too much to keep, it sees the images of a step at each step.
@@ -105,7 +112,10 @@ def train(
         encoder,
         images,
         ((() if row.image is None else (row.image,), row.tokens) for row in rows),
-        lambda: [[key for k in window[rank::world] if (key := rows[k].image) is not None] for window in steps],
+        lambda: [
+            [key for batch in share(rows, window, recipe, rank, world) for row in batch.rows if (key := row.image)]
+            for window in steps
+        ],
         CACHE_BYTES,
         lambda done, n: report(_event("images", done, n, "images", mark)),
     )
@@ -138,9 +148,9 @@ def train(
     seconds["steps"], mark = clock() - mark, clock()
 
     checkpoint = out / "checkpoint"
-    engine.finish()
-    if rank == 0:
-        student.save(checkpoint, init)
+    with engine.whole():
+        if rank == 0:
+            student.save(checkpoint, init)
     seconds["save"] = clock() - mark
     log.info("trained %d steps on %d rows, final loss %.4f", step, len(rows), loss_value)
     return {

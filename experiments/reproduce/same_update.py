@@ -134,7 +134,8 @@ def outcome(way: Way, init: Path, seed: int, steps: int) -> dict[str, float] | N
     """Share of trained weights that `steps` steps change, and the loss on rows held out (of rank 0; None elsewhere)."""
     rank, world = engines.rank_and_world()
     device = torch.device("cuda", rank)
-    torch.cuda.set_device(device)
+    if world > 1:
+        engines.join(device)
     recipe = Recipe.load("llava-1.5-7b-v1").model_copy(
         update={"tokens_per_micro_batch": 3600 if way.packed else 1, "max_length": 2048}
     )
@@ -144,7 +145,7 @@ def outcome(way: Way, init: Path, seed: int, steps: int) -> dict[str, float] | N
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     torch.compiler.set_stance("default" if way.compiled else "force_eager")
     student = Student.of(model.to(dtype), recipe, device, "packed")
-    student.checkpointing = way.checkpointing
+    student.checkpointing = lambda load: way.checkpointing
     rows = make_rows(16 * steps + HELD_OUT)
     generator = torch.Generator().manual_seed(1)
     features = KeptFeatures(

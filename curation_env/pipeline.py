@@ -149,7 +149,7 @@ class Pipeline:
         self.judge = judge
         self.device = device
         self.gpu_memory_gib = gpu_memory_gib
-        self.group = group
+        self.group = group._replace(gpu_memory_gib=gpu_memory_gib)
         self.data_root = data_root
         self._results = Cache(data_root / "results") if cache else None
         self._signals = Cache(data_root / "signals")

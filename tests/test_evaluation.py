@@ -26,6 +26,7 @@ from curation_env.evaluation.suite import Item, JudgeSpec, Suite, read_items, re
 from curation_env.mini.judge import MODEL, JudgeServer, serve
 from curation_env.pool import Pool
 from curation_env.training.data import Encoder, image_key
+from curation_env.training.images import image_features
 from curation_env.training.model import Student
 from curation_env.training.recipe import Recipe
 from curation_env.training.signals import signal_stage
@@ -196,7 +197,7 @@ def test_one_prompt_alone_is_answered_as_among_others(checkpoint: Path, suite: S
     student = Student.load(checkpoint, RECIPE, CPU, attention="sdpa")
     items = [item for rows in read_suite(folder / "suite", suite).values() for item in rows]
     images = {image_key(data): data for item in items for data in item.images}
-    features = student.image_features(encoder, images)
+    features = image_features(student, encoder, images)
     prompts = [
         Prompt(
             encoder.prompt(item.prompt(suite.benchmarks[item.benchmark].prompt), item.images)[0],
@@ -311,7 +312,7 @@ def test_the_loss_signal_is_each_rows_own_loss(checkpoint: Path, folder: Path, t
     for k in (0, 7, 80):
         row = encoder.encode_rows([opened.row(k)])[0]
         images = {row.image: row.image_bytes} if row.image is not None else {}
-        features = student.image_features(encoder, images)
+        features = image_features(student, encoder, images)
         own = student.token_losses([row], features).mean().item()
         assert values[k] == pytest.approx(own, rel=1e-4, abs=1e-6)
     with pytest.raises(StageFailed, match="no signal 'el2n'"):

@@ -23,6 +23,7 @@ from curation_env.pool import Pool
 from curation_env.training import vlm
 from curation_env.training.data import Encoder, Row, image_key, read_rows
 from curation_env.training.families import images_of
+from curation_env.training.images import image_features
 from curation_env.training.model import Student
 from curation_env.training.recipe import Recipe
 from curation_env.training.signals import mean_losses
@@ -94,7 +95,7 @@ def test_packed_losses_and_gradients_are_those_of_one_row_at_a_time(
     init: Path, rows: list[Row], recipe: Recipe
 ) -> None:
     encoder, student = Encoder.load(init, recipe), Student.load(init, recipe, CPU)
-    features = student.image_features(encoder, {row.image: row.image_bytes for row in rows if row.image})
+    features = image_features(student, encoder, {row.image: row.image_bytes for row in rows if row.image})
     packed = student.token_losses(rows, features)
     packed.sum().backward()
     plain = load_plain(init)
@@ -128,7 +129,7 @@ def test_greedy_answers_are_those_of_transformers_generate(
         tokens, positions = encoder.prompt("what colour is it ? " + "please " * (k % 4), images)
         prompts.append(Prompt(tokens, tuple(image_key(data) for data in images), 5 + k, positions))
     images = {image_key(data): data for group in shown for data in group}
-    features = student.image_features(encoder, images)
+    features = image_features(student, encoder, images)
     plain = load_plain(init)
     ends = [encoder.end_token, *encoder.stop_tokens]
     # Some token that the random student does say ends its answers, so that rows leave the batch at different times.
@@ -261,7 +262,7 @@ def test_the_loss_signal_is_each_rows_own(init: Path, rows: list[Row], recipe: R
     values = mean_losses(student, encoder, rows[:6])
     for row, value in zip(rows[:6], values, strict=True):
         images = {row.image: row.image_bytes} if row.image else {}
-        own = student.token_losses([row], student.image_features(encoder, images)).mean().item()
+        own = student.token_losses([row], image_features(student, encoder, images)).mean().item()
         assert value == pytest.approx(own, rel=1e-4)
 
 

@@ -65,7 +65,7 @@ def test_a_local_judge_runs_for_its_stage_alone(
 
     found = pipeline.base(note)
     assert found.scores == expected.scores
-    assert {"evaluate", "judge"} == set(found.seconds)
+    assert {part for part in found.seconds if ": " not in part} == {"evaluate", "judge"}
     assert {pid for stage, pid in zip(stages, pids, strict=True) if stage != "judge"} == {None}
     [pid] = {pid for stage, pid in zip(stages, pids, strict=True) if stage == "judge"}
     with pytest.raises(ProcessLookupError):

@@ -27,6 +27,7 @@ from curation_env.training import model as models
 from curation_env.training import plan as plans
 from curation_env.training.data import Encoder, Rectangle, Row, read_rows
 from curation_env.training.engine import SingleProcess
+from curation_env.training.images import image_features
 from curation_env.training.memory import Footprint, Layer, Load, config_of, skeleton, tower_blocks
 from curation_env.training.model import Student
 from curation_env.training.offload import OffloadedProcess
@@ -155,7 +156,7 @@ def test_layers_computed_twice_change_no_loss_and_no_gradient(
         student = Student.of(model, recipe, CPU, "packed")
         student.checkpointing = lambda load, twice=twice: twice
         images = {row.image: row.image_bytes for row in rows if row.image is not None}
-        features = student.image_features(encoder, images)
+        features = image_features(student, encoder, images)
         compute = functools.partial(student.token_losses, rows, features)
         taken = kept(compute, student.model)
         losses = compute()
@@ -179,7 +180,7 @@ def test_compiled_layers_are_computed_twice_as_well(tmp_path: Path) -> None:
     (layer,) = student.parts.text.layers
     forward = torch.compile(type(layer).forward.__get__(layer), dynamic=True, backend="aot_eager")
     layer.forward = models._twice_where_asked(student, forward)
-    features = student.image_features(encoder, {row.image: row.image_bytes for row in rows if row.image is not None})
+    features = image_features(student, encoder, {row.image: row.image_bytes for row in rows if row.image is not None})
     gradients = []
     for twice in (False, True):
         student.checkpointing = lambda load, twice=twice: twice
@@ -202,7 +203,7 @@ def test_gradients_and_moments_on_the_host_give_the_same_bits(tmp_path: Path, pr
     found = []
     for engine_of in (SingleProcess, OffloadedProcess):
         student = Student.load(init, recipe, CPU)
-        features = student.image_features(encoder, {row.image: row.image_bytes for row in rows if row.image})
+        features = image_features(student, encoder, {row.image: row.image_bytes for row in rows if row.image})
         engine = engine_of(student, recipe, rows, features)
         # One window has no image: the projector has no gradient, but moments.
         updates = [engine.step(window, recipe.lr) for window in (range(16), range(16, 32), without, range(16))]

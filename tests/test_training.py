@@ -17,6 +17,7 @@ from curation_env.training import vlm
 from curation_env.training.data import Encoder, even_micro_batches, micro_batches, read_rows
 from curation_env.training.engine import SingleProcess
 from curation_env.training.graph import GraphedProcess
+from curation_env.training.images import image_features
 from curation_env.training.model import Student
 from curation_env.training.recipe import Recipe
 
@@ -98,7 +99,7 @@ def test_packed_loss_equals_one_row_at_a_time_of_plain_transformers(init: Path, 
     encoder = Encoder.load(init, recipe)
     rows = encoder.encode(read_rows(Pool.open(pool), Pool.open(pool).ids[:16], {}))
     student = Student.load(init, recipe, CPU)
-    features = student.image_features(encoder, {row.image: row.image_bytes for row in rows if row.image})
+    features = image_features(student, encoder, {row.image: row.image_bytes for row in rows if row.image})
     packed = student.token_losses(rows, features)
     packed.sum().backward()
     plain = LlavaForConditionalGeneration.from_pretrained(init)
@@ -125,7 +126,7 @@ def test_no_attention_across_rows(init: Path, pool: Path, recipe: Recipe) -> Non
     encoder = Encoder.load(init, recipe)
     rows = encoder.encode(read_rows(Pool.open(pool), Pool.open(pool).ids[:3], {}))
     student = Student.load(init, recipe, CPU)
-    features = student.image_features(encoder, {row.image: row.image_bytes for row in rows if row.image})
+    features = image_features(student, encoder, {row.image: row.image_bytes for row in rows if row.image})
     alone = student.token_losses(rows[:1], features)
     together = student.token_losses([rows[1], rows[0], rows[2]], features)
     start = rows[1].n_supervised
@@ -247,7 +248,7 @@ def test_steps_of_padded_windows_equal_those_of_packed_rows(init: Path, tmp_path
     for engine in (SingleProcess, GraphedProcess):
         encoder, student = Encoder.load(init, recipe), Student.load(init, recipe, CPU)
         rows = encoder.encode(read_rows(pool, sorted(pool.ids), {}))
-        features = student.image_features(encoder, {row.image: row.image_bytes for row in rows if row.image})
+        features = image_features(student, encoder, {row.image: row.image_bytes for row in rows if row.image})
         assert bool(features) == (text_only_every > 1)
         steps = engine(student, recipe, rows, features)
         updates.append([steps.step(window, 1e-3) for window in vlm.windows(len(rows), recipe, 42)])

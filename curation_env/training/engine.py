@@ -213,6 +213,7 @@ def make(
     """Return the engine for this device and the number of processes that a launcher started.
 
     Args:
+        recipe: With micro-batches as the plan has them.
         plan: The way that the run takes on a GPU.
     """
     from curation_env.training.graph import GraphedProcess

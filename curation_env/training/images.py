@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,8 +15,9 @@ from curation_env.training.families import Tensors
 from curation_env.training.model import Student
 
 CACHE_BYTES = 1 << 30  # features of all images up to here are kept, not computed again
+IMAGES_PER_BATCH = 64
 WINDOWS_AHEAD = 4
-DECODERS = 2  # threads; decoding and resizing release the interpreter's lock
+DECODERS = min(WINDOWS_AHEAD, len(os.sched_getaffinity(0)))  # threads; decoding releases the interpreter's lock
 
 
 class KeptFeatures(dict[bytes, torch.Tensor]):
@@ -87,6 +89,27 @@ class StreamedFeatures(Mapping[bytes, torch.Tensor]):
         return pixels.pin_memory() if isinstance(pixels, torch.Tensor) else [part.pin_memory() for part in pixels]
 
 
+def image_features(
+    student: Student,
+    encoder: Encoder,
+    images: Mapping[bytes, bytes | None],
+    on_progress: Callable[[int, int], None] | None = None,
+) -> KeptFeatures:
+    """Return what is kept of all images (encoded bytes by key) by key; see `Student.see`.
+
+    The order of the batches depends on the set of images alone, so the result does too.
+    """
+    keys = sorted(images)
+    batches = [keys[start : start + IMAGES_PER_BATCH] for start in range(0, len(keys), IMAGES_PER_BATCH)]
+    kept = KeptFeatures()
+    with StreamedFeatures(student, encoder, images, batches) as ahead:
+        for batch in batches:
+            kept |= {key: ahead[key] for key in batch}
+            if on_progress:
+                on_progress(len(kept), len(keys))
+    return kept
+
+
 def make_features(
     student: Student,
     encoder: Encoder,
@@ -105,7 +128,7 @@ def make_features(
         limit: Bytes up to which all are kept.
     """
     if bytes_kept(student, image_tokens(rows, encoder.image_token)) <= limit:
-        return KeptFeatures(student.image_features(encoder, images, on_progress))
+        return image_features(student, encoder, images, on_progress)
     return StreamedFeatures(student, encoder, images, windows())
 
 

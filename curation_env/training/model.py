@@ -16,13 +16,12 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 from curation_env.errors import MissingAssets
-from curation_env.training.data import Encoder, Packed, Rectangle, Row
+from curation_env.training.data import Packed, Rectangle, Row
 from curation_env.training.families import Tensors, parts_of
 from curation_env.training.memory import DTYPES, PIXELS_AT_ONCE, TARGETS_AT_ONCE, Load, tower_blocks
 from curation_env.training.recipe import Recipe
 
 Features = Mapping[bytes, torch.Tensor]
-IMAGES_PER_BATCH = 64
 
 
 def resolve_device(device: str, local_rank: int = 0) -> torch.device:
@@ -208,26 +207,6 @@ class Student:
     def tower_trains(self) -> bool:
         """Whether what the tower says of an image changes with every step: its pixels are kept then, not features."""
         return any(parameter.requires_grad for parameter in self.parts.tower.parameters())
-
-    def image_features(
-        self,
-        encoder: Encoder,
-        images: Mapping[bytes, bytes | None],
-        on_progress: Callable[[int, int], None] | None = None,
-    ) -> dict[bytes, torch.Tensor]:
-        """Return what is kept of images (encoded bytes by key) by key; see `see`.
-
-        The order of the batches depends on the set of images alone, so the result does too.
-        """
-        keys = sorted(images)
-        features: dict[bytes, torch.Tensor] = {}
-        for start in range(0, len(keys), IMAGES_PER_BATCH):
-            chunk = keys[start : start + IMAGES_PER_BATCH]
-            seen = self.see(encoder.pixels([images[key] for key in chunk]))
-            features.update(zip(chunk, seen, strict=True))
-            if on_progress:
-                on_progress(start + len(chunk), len(keys))
-        return features
 
     def see(self, pixels: Tensors) -> Tensors:
         """Return what is kept of images: a frozen tower's features; their pixels, where it trains and sees later."""

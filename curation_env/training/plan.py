@@ -93,6 +93,10 @@ class Plan:
         """Whether a micro-batch has to compute its layers twice."""
         return self.footprint.activations(load) > self.room
 
+    def applied(self, recipe: Recipe) -> Recipe:
+        """The recipe in micro-batches of this size."""
+        return recipe.model_copy(update={"tokens_per_micro_batch": self.tokens_per_micro_batch})
+
     def record(self) -> dict[str, Any]:
         """What a run's journal says of it, as JSON data."""
         return {

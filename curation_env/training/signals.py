@@ -13,6 +13,7 @@ import torch
 from curation_env.errors import StageFailed
 from curation_env.pool import Pool
 from curation_env.training.data import Encoder, Row, micro_batches
+from curation_env.training.images import image_features
 from curation_env.training.model import Student, resolve_device
 from curation_env.training.recipe import Recipe
 
@@ -69,7 +70,7 @@ def signal_stage(
 def mean_losses(student: Student, encoder: Encoder, rows: list[Row]) -> np.ndarray:
     """Return each row's mean loss over its supervised tokens, float32 of shape (rows,); NaN where it has none."""
     images = {row.image: row.image_bytes for row in rows if row.image is not None}
-    features = student.image_features(encoder, images)
+    features = image_features(student, encoder, images)
     losses = np.full(len(rows), np.nan, np.float32)
     order = sorted((k for k in range(len(rows)) if rows[k].n_supervised), key=lambda k: (len(rows[k].tokens), k))
     position = 0

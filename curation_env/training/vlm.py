@@ -99,7 +99,7 @@ def train(
         lengths = [len(row.tokens) for row in rows]
         parts = [part for w in steps for part in even_shares([lengths[k] for k in w], world, w)]
         plan = plans.of_run(init, recipe, rows, parts, machine, plans.Shares(world, zero_stage))
-        recipe = recipe.model_copy(update={"tokens_per_micro_batch": plan.tokens_per_micro_batch})
+        recipe = plan.applied(recipe)
 
     # Model. The frozen tower sees every distinct image once, in an order that the seed does not move; where features of
     # all are too much to keep, it sees the images of a step at each step.

@@ -113,7 +113,7 @@ def measure(name: str, size: str, device: torch.device) -> dict[str, Any]:
     pixels = {key: random_pixels(student, card.image_tokens) for key in shown}
     # What is kept of a frozen tower's images is seen at each step, as where those of a run are too many to keep.
     features: dict[bytes, torch.Tensor] = dict(pixels)
-    engine = engines.make(student, recipe, rows, features, 2, found)
+    engine = engines.make(student, found.applied(recipe), rows, features, 1, found)
     torch.cuda.reset_peak_memory_stats()
     losses, start = [], 0
     for window in windows:

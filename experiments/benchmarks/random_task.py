@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -87,11 +88,12 @@ def make_source(folder: Path, rows: int) -> None:
     """LLaVA-665K's records and images: text log-normal with a mean of 207 tokens, 45% of it answers, two turns."""
     rng = np.random.default_rng(0)
     records = []
-    for number in range(rows):
-        name = f"coco/train2017/{number:012d}.jpg"
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture(number))
+    names = [f"coco/train2017/{number:012d}.jpg" for number in range(rows)]
+    (folder / names[0]).parent.mkdir(parents=True)
+    with ThreadPoolExecutor() as threads:
+        for name, data in zip(names, threads.map(picture, range(rows)), strict=True):
+            (folder / name).write_bytes(data)
+    for number, name in enumerate(names):
         text = int(np.clip(rng.lognormal(np.log(207) - 0.5 * 0.9**2, 0.9), 12, 2048 - 576))
         answered = max(2, int(0.45 * text)) // 2
         asked = max(1, text // 2 - answered)

@@ -32,12 +32,12 @@ from safetensors.torch import load_file, save_file
 from curation_env.training import engine as engines
 from curation_env.training.data import Row
 from curation_env.training.images import KeptFeatures
-from curation_env.training.model import Student
+from curation_env.training.model import Student, resolve_device
 from curation_env.training.recipe import Recipe
 from curation_env.training.vlm import windows
 
 VOCABULARY, IMAGE_TOKEN, TOKENS_PER_IMAGE, VISION_WIDTH = 8192, 8000, 64, 256
-SEEDS = (42, 1337, 2718, 3141, 1618, 5772)
+SEEDS = (42, 1337, 2718, 3141, 1618)
 HELD_OUT = 64
 DEVIATIONS = 3.0
 
@@ -75,8 +75,8 @@ WAYS = {
 CONTROL = Way(masters=True)
 
 
-def make_model(dtype: torch.dtype) -> Any:
-    """LLaVA's architecture, small, on the CPU, with the same random weights at every call."""
+def make_model(device: torch.device) -> Any:
+    """LLaVA's architecture, small, with random weights in bf16."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     vision = CLIPVisionConfig(
@@ -108,7 +108,8 @@ def make_model(dtype: torch.dtype) -> Any:
     )
     config._attn_implementation = "sdpa"
     torch.manual_seed(0)
-    return LlavaForConditionalGeneration(config).to(dtype)
+    with device:
+        return LlavaForConditionalGeneration(config).to(torch.bfloat16)
 
 
 def make_rows(n: int) -> list[Row]:
@@ -133,16 +134,16 @@ def make_rows(n: int) -> list[Row]:
 def outcome(way: Way, init: Path, seed: int, steps: int) -> dict[str, float] | None:
     """Share of trained weights that `steps` steps change, and the loss on rows held out (of rank 0; None elsewhere)."""
     rank, world = engines.rank_and_world()
-    device = torch.device("cuda", rank)
+    device = resolve_device("auto", rank)
     if world > 1:
         engines.join(device)
     recipe = Recipe.load("llava-1.5-7b-v1").model_copy(
         update={"tokens_per_micro_batch": 3600 if way.packed else 1, "max_length": 2048}
     )
     dtype = torch.float32 if way.masters else torch.bfloat16
-    model = make_model(torch.bfloat16)
+    model = make_model(device)
     model.load_state_dict(load_file(init))
-    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    start = {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()}
     torch.compiler.set_stance("default" if way.compiled else "force_eager")
     student = Student.of(model.to(dtype), recipe, device, "packed")
     student.checkpointing = lambda load: way.checkpointing
@@ -168,7 +169,7 @@ def outcome(way: Way, init: Path, seed: int, steps: int) -> dict[str, float] | N
     if rank:
         return None
     torch.compiler.set_stance("force_eager")
-    fresh = make_model(torch.bfloat16)
+    fresh = make_model(device)
     fresh.load_state_dict(weights)
     student = Student.of(fresh, recipe, device, "packed")
     with torch.inference_mode():
@@ -204,7 +205,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         init = Path(folder) / "init.safetensors"
-        save_file(make_model(torch.bfloat16).state_dict(), init)
+        save_file(make_model(resolve_device("auto")).state_dict(), init)
         band = [outcome(REFERENCE, init, seed, arguments.steps) for seed in SEEDS]
         found = {f"a row at a time, seed {seed}": result for seed, result in zip(SEEDS, band, strict=True)}
         for name, way in WAYS.items():
@@ -216,9 +217,13 @@ def main() -> None:
         found[control] = outcome(CONTROL, init, SEEDS[0], arguments.steps)
     print_table(found, control)
     if arguments.out:
-        arguments.out.write_text(json.dumps({"card": torch.cuda.get_device_name(), **found}, indent=1) + "\n")
+        arguments.out.write_text(json.dumps({"card": card(), **found}, indent=1) + "\n")
     inside = {name: all(abs(z) <= DEVIATIONS for z in deviations(found, name).values()) for name in found}
     sys.exit(inside.pop(control) or not all(inside.values()))
+
+
+def card() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
 def deviations(found: dict[str, Any], name: str) -> dict[str, float]:
@@ -232,7 +237,7 @@ def deviations(found: dict[str, Any], name: str) -> dict[str, float]:
 
 
 def print_table(found: dict[str, Any], control: str) -> None:
-    table = Table("way", "weights changed", "sd", "held-out loss", "sd", title=torch.cuda.get_device_name())
+    table = Table("way", "weights changed", "sd", "held-out loss", "sd", title=card())
     for name, result in found.items():
         off = deviations(found, name)
         cells = f"{result['changed']:.3%}", f"{off['changed']:+.1f}", f"{result['loss']:.5f}", f"{off['loss']:+.1f}"

@@ -39,7 +39,7 @@ ENVIRONMENT = (
     "HF_DEACTIVATE_ASYNC_LOAD",
     "PYTHONUNBUFFERED",
 )
-STAGES = (1, 2, 3)
+STAGES = (0, 1, 2, 3)
 
 
 class Group(NamedTuple):
@@ -48,14 +48,14 @@ class Group(NamedTuple):
     Attributes:
         processes: On this machine: one a GPU.
         hostfile: Machines and their GPUs, a line `HOST slots=N` each, in place of `processes`.
-        zero_stage: What processes share out while they train (DeepSpeed's ZeRO): the optimizer's moments (1), the
-            gradients too (2), the weights too (3).
+        zero_stage: What processes share out besides rows while they train: nothing (0), or by DeepSpeed's ZeRO the
+            optimizer's moments (1), the gradients too (2), the weights too (3).
         gpu_memory_gib: What each may take of its GPU; None: all that is free.
     """
 
     processes: int = 1
     hostfile: str | None = None
-    zero_stage: int = 1
+    zero_stage: int = 0
     gpu_memory_gib: float | None = None
 
     @classmethod
@@ -68,7 +68,7 @@ class Group(NamedTuple):
         if isinstance(processes, bool) or not isinstance(processes, int) or processes < 1:
             raise InvalidSetting(f"processes must be a whole number from 1, not {processes!r}")
         if isinstance(zero_stage, bool) or zero_stage not in STAGES:
-            raise InvalidSetting(f"zero_stage must be 1, 2 or 3, not {zero_stage!r}")
+            raise InvalidSetting(f"zero_stage must be 0, 1, 2 or 3, not {zero_stage!r}")
         if hostfile is None:
             return cls(processes, None, zero_stage)
         if processes != 1:

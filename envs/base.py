@@ -110,7 +110,8 @@ equal episodes; `remaining`, `usage` and limits add the measured seconds of comm
         processes: How many processes of this machine share training and evaluation, on a GPU each; see
             `docs/scaling.md`.
         hostfile: Machines that share them, in place of `processes`: a file with a line `HOST slots=N` each.
-        zero_stage: What those processes share out besides rows: moments (1), gradients too (2), weights too (3).
+        zero_stage: What those processes share out besides rows: nothing (0), moments (1), gradients too (2), weights
+            too (3): each takes less memory and more time.
         cache: Whether results of equal submissions are taken from earlier runs.
         on_progress: Called with a dict (stage, done, total, unit, seconds_left, ...) while something runs.
         render_mode: "ansi" (a table as text), "human" (the same, printed) or "rgb_array" (a small plot).
@@ -138,7 +139,7 @@ equal episodes; `remaining`, `usage` and limits add the measured seconds of comm
         gpu_memory_gib: float | None = None,
         processes: int = 1,
         hostfile: str | Path | None = None,
-        zero_stage: int = 1,
+        zero_stage: int = 0,
         cache: bool = True,
         on_progress: Callable[[dict[str, Any]], None] | None = None,
         render_mode: str | None = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -13,7 +13,7 @@ from curation_env.training.data import Row, even_micro_batches
 from curation_env.training.model import Features, Student
 from curation_env.training.plan import Plan
 from curation_env.training.recipe import Recipe
-from curation_env.training.share import MicroBatch, share
+from curation_env.training.share import MicroBatch, even_shares, share
 
 REDUCE_BUCKET = 200_000_000  # parameters whose gradients are exchanged at a time
 
@@ -91,15 +91,7 @@ class SingleProcess:
         return parameter
 
     def step(self, window: Sequence[int], lr: float) -> Update:
-        tokens = sum(self.rows[k].n_supervised for k in window)
-        total = torch.zeros((), device=self.student.device)
-        for batch in _batches(self.rows, window, self.recipe):
-            loss = self.student.token_losses(batch, self.features).sum() / tokens
-            loss.backward()
-            total += loss.detach()
-        for parameter in self.parameters:
-            if parameter.grad is None:  # the projector's, in a window without an image: zero, as for the other engines
-                parameter.grad = torch.zeros_like(parameter)
+        total = self._gradients(window)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.grad_clip)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -107,8 +99,75 @@ class SingleProcess:
         self.optimizer.zero_grad(set_to_none=True)
         return Update(*torch.stack([total, norm.to(total.device)]).tolist())
 
+    def _gradients(self, window: Sequence[int]) -> torch.Tensor:
+        """Leave every parameter with its gradient over the window, and return the window's loss."""
+        tokens = sum(self.rows[k].n_supervised for k in window)
+        total = torch.zeros((), device=self.student.device)
+        for batch in self._micro_batches(window):
+            loss = self.student.token_losses(batch, self.features).sum() / tokens
+            loss.backward()
+            total += loss.detach()
+        for parameter in self.parameters:
+            if parameter.grad is None:  # the projector's, in a window without an image: zero, as for the other engines
+                parameter.grad = torch.zeros_like(parameter)
+        return total
+
+    def _micro_batches(self, window: Sequence[int]) -> Iterable[list[Row]]:
+        """Rows of each forward pass; those of one go by length, so that they pack tightly."""
+        lengths = [len(self.rows[k].tokens) for k in window]
+        cut = even_micro_batches(lengths, self.recipe.tokens_per_micro_batch)
+        return [[self.rows[window[k]] for k in batch] for batch in cut]
+
     def whole(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
+
+
+class Replicas(SingleProcess):
+    """Data parallelism: every process has weights and moments whole, and trains on its share of a window's rows.
+
+    Gradients are summed up once a step, a parameter at a time, while the last micro-batch is still on its way back.
+    """
+
+    def __init__(
+        self, student: Student, recipe: Recipe, rows: list[Row], features: Features, rank: int, world: int
+    ) -> None:
+        super().__init__(student, recipe, rows, features)
+        self.rank, self.world = rank, world
+        # All processes must sum up in one order. Gradients are there from the last parameter to the first, but for what
+        # a process's rows leave out.
+        self._order = [p for p in student.model.parameters() if p.requires_grad][::-1]
+        self._sums: list[torch.distributed.Work] = []
+        self._there: set[torch.nn.Parameter] = set()
+        self._last = False
+        for parameter in self._order:
+            parameter.register_post_accumulate_grad_hook(self._collect)
+
+    def _micro_batches(self, window: Sequence[int]) -> Iterator[list[Row]]:
+        own = even_shares([len(self.rows[k].tokens) for k in window], self.world, window)[self.rank]
+        batches = list(super()._micro_batches(own))
+        for k, batch in enumerate(batches):
+            self._last = k == len(batches) - 1
+            yield batch
+
+    def _collect(self, parameter: torch.nn.Parameter) -> None:
+        if self._last:
+            self._there.add(parameter)
+            self._sum_up(self._there)
+
+    def _sum_up(self, there: Container[torch.nn.Parameter]) -> None:
+        """Start the sums of the parameters that are next in the order, as far as their gradients are there."""
+        while len(self._sums) < len(self._order) and (parameter := self._order[len(self._sums)]) in there:
+            self._sums.append(torch.distributed.all_reduce(parameter.grad, async_op=True))
+
+    def _gradients(self, window: Sequence[int]) -> torch.Tensor:
+        self._sums, self._last = [], False
+        self._there.clear()
+        total = super()._gradients(window)
+        self._sum_up(set(self._order))
+        torch.distributed.all_reduce(total)
+        for each in self._sums:
+            each.wait()
+        return total
 
 
 class _SummedLoss(torch.nn.Module):
@@ -201,12 +260,6 @@ class DeepSpeedEngine:
         torch.distributed.barrier()
 
 
-def _batches(rows: list[Row], window: Sequence[int], recipe: Recipe) -> list[list[Row]]:
-    """The micro-batches of a window; within one, rows go by length, so that they pack tightly."""
-    lengths = [len(rows[k].tokens) for k in window]
-    return [[rows[window[k]] for k in batch] for batch in even_micro_batches(lengths, recipe.tokens_per_micro_batch)]
-
-
 def make(
     student: Student, recipe: Recipe, rows: list[Row], features: Features, zero_stage: int, plan: Plan | None = None
 ) -> Engine:
@@ -225,6 +278,8 @@ def make(
     elif plan is not None:  # all processes gather weights in the same order, so all of them do it, or none
         whole = plan.checkpointed > 0
         student.checkpointing = lambda load: whole
+    if world > 1 and zero_stage == 0:
+        return Replicas(student, recipe, rows, features, rank, world)
     if world > 1:
         return DeepSpeedEngine(student, recipe, rows, features, rank, world, zero_stage)
     if plan is not None and plan.way == "offload":

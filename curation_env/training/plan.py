@@ -59,10 +59,10 @@ class Machine(NamedTuple):
 
 
 class Shares(NamedTuple):
-    """How many processes share a step, and by which of ZeRO's stages."""
+    """How many processes share a step, and by which of ZeRO's stages (0: none)."""
 
     world: int = 1
-    stage: int = 2
+    stage: int = 0
 
 
 ALONE = Shares()
@@ -252,7 +252,7 @@ def _budgets(tokens: int, longest: int) -> list[int]:
 def _held(footprint: Footprint, shares: Shares) -> int:
     """Bytes of weights, gradients and moments on one GPU."""
     weights, trained, world = footprint.weights, footprint.trained, shares.world
-    if world == 1:
+    if world == 1 or shares.stage == 0:
         return weights + 3 * trained
     # Of the moments, and of the weights that it updates, a process holds its share.
     gradients = trained if shares.stage == 1 else trained // world

@@ -42,7 +42,7 @@ def train(
     out: str | Path,
     rewrites: dict[str, list[dict[str, str]]] | None = None,
     device: str = "auto",
-    zero_stage: int = 2,
+    zero_stage: int = 0,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Fine-tune `init` on the rows `ids` of a pool and write a checkpoint.
@@ -53,7 +53,8 @@ def train(
         seed: One of the recipe's seeds: it draws the order of the rows, nothing else.
         out: Folder for `checkpoint/` and `training.jsonl` (step, loss, lr, tokens; no times).
         rewrites: Conversations that replace those of the pool, by row id.
-        zero_stage: DeepSpeed's ZeRO stage where a launcher started several processes that share every step.
+        zero_stage: What processes that a launcher started share out besides rows: nothing (0), or what DeepSpeed's
+            ZeRO of this stage does.
 
     Returns:
         `checkpoint` (folder), `steps`, `supervised_tokens` (of one epoch), `final_loss`, `seconds` by part, and

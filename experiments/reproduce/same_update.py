@@ -9,7 +9,7 @@ bf16 weight. Compared is therefore the outcome: the share of weights that change
 must lie within three standard deviations of what the order of the rows alone does, by the published way. Weights with
 copies in fp32 behind them, which is another recipe, must not: a comparison that they pass would see nothing.
 
-The model is LLaVA's architecture at 170 million parameters. Prints a table; ends with 1 where something lies outside.
+The model is LLaVA's architecture at 94 million parameters. Prints a table; ends with 1 where something lies outside.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
+from curation_env.launch import write
 from curation_env.training import engine as engines
 from curation_env.training.data import Row
 from curation_env.training.images import KeptFeatures
@@ -50,16 +53,16 @@ class Way:
         packed: Rows share a micro-batch.
         compiled: Layers are compiled.
         checkpointing: Activations of layers are computed again.
-        zero: DeepSpeed's stage; 0 for plain PyTorch.
         processes: How many share a step.
+        zero: DeepSpeed's stage; 0 for plain PyTorch.
         masters: Weights in fp32, which bf16 ones are a copy of: not the recipe.
     """
 
     packed: bool = True
     compiled: bool = False
     checkpointing: bool = False
-    zero: int = 0
     processes: int = 1
+    zero: int = 0
     masters: bool = False
 
 
@@ -68,9 +71,10 @@ WAYS = {
     "packed": Way(),
     "packed, compiled": Way(compiled=True),
     "packed, compiled, checkpointing": Way(compiled=True, checkpointing=True),
-    "two processes, ZeRO-1": Way(compiled=True, zero=1, processes=2),
-    "two processes, ZeRO-2": Way(compiled=True, zero=2, processes=2),
-    "two processes, ZeRO-3": Way(compiled=True, zero=3, processes=2),
+    "two processes": Way(compiled=True, processes=2),
+    "two processes, ZeRO-1": Way(compiled=True, processes=2, zero=1),
+    "two processes, ZeRO-2": Way(compiled=True, processes=2, zero=2),
+    "two processes, ZeRO-3": Way(compiled=True, processes=2, zero=3),
 }
 CONTROL = Way(masters=True)
 
@@ -92,7 +96,7 @@ def make_model(device: torch.device) -> Any:
         vocab_size=VOCABULARY,
         hidden_size=1024,
         intermediate_size=2816,
-        num_hidden_layers=12,
+        num_hidden_layers=6,
         num_attention_heads=8,
         num_key_value_heads=8,
         max_position_embeddings=2048,
@@ -156,11 +160,7 @@ def outcome(way: Way, init: Path, seed: int, steps: int) -> dict[str, float] | N
         }
     )
     trained, held_out = rows[:-HELD_OUT], rows[-HELD_OUT:]
-    engine: engines.Engine
-    if way.zero:
-        engine = engines.DeepSpeedEngine(student, recipe, trained, features, rank, world, way.zero)
-    else:
-        engine = engines.SingleProcess(student, recipe, trained, features)
+    engine = engines.make(student, recipe, trained, features, way.zero)
     for step, window in enumerate(windows(len(trained), recipe, seed)):
         engine.step(window, recipe.lr_at(step, steps))
     with engine.whole(), torch.inference_mode():
@@ -179,42 +179,53 @@ def outcome(way: Way, init: Path, seed: int, steps: int) -> dict[str, float] | N
     return {"changed": changed / sum(start[name].numel() for name in trains), "loss": float(loss)}
 
 
-def shared(name: str, init: Path, steps: int) -> dict[str, float]:
-    """The outcome of a way that takes several processes."""
-    out = init.with_name(f"{name}.json")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-    command += [str(WAYS[name].processes), __file__, "--way", name, "--init", str(init), "--steps", str(steps)]
-    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, timeout=300)
-    if done.returncode:
-        raise SystemExit(f"{name}: {done.stdout[-2000:]}{done.stderr[-4000:]}")
-    return json.loads(out.read_text())
+def shared(names: list[str], init: Path, steps: int) -> Iterator[tuple[str, dict[str, float]]]:
+    """The outcomes of ways that take two processes: one group of them runs them all."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
+    process = subprocess.Popen([*command, "--ways", *names, "--init", str(init), "--steps", str(steps)])
+    for name in names:
+        while not (out := init.with_name(f"{name}.json")).exists():
+            if process.poll():
+                raise SystemExit(f"{name}: the processes ended with exit code {process.returncode}")
+            time.sleep(0.2)
+        yield name, json.loads(out.read_text())
+    process.wait()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--out", type=Path, help="write the figures here as well")
-    parser.add_argument("--way", help=argparse.SUPPRESS)  # one of several processes
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), help=argparse.SUPPRESS)  # one of several processes
     parser.add_argument("--init", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.way:
-        found = outcome(WAYS[arguments.way], arguments.init, SEEDS[0], arguments.steps)
-        if found is not None:
-            arguments.out.write_text(json.dumps(found))
+    if arguments.ways:
+        for name in arguments.ways:
+            result = outcome(WAYS[name], arguments.init, SEEDS[0], arguments.steps)
+            if result is not None:
+                write(arguments.init.with_name(f"{name}.json"), result)
         torch.distributed.destroy_process_group()
         return
+    found: dict[str, Any] = {}
+
+    def note(name: str, result: dict[str, float] | None) -> None:
+        found[name] = result
+        print(name, result, flush=True)
+
     with tempfile.TemporaryDirectory() as folder:
         init = Path(folder) / "init.safetensors"
         save_file(make_model(resolve_device("auto")).state_dict(), init)
-        band = [outcome(REFERENCE, init, seed, arguments.steps) for seed in SEEDS]
-        found = {f"a row at a time, seed {seed}": result for seed, result in zip(SEEDS, band, strict=True)}
+        for seed in SEEDS:
+            note(f"a row at a time, seed {seed}", outcome(REFERENCE, init, seed, arguments.steps))
         for name, way in WAYS.items():
             if way.processes == 1:
-                found[name] = outcome(way, init, SEEDS[0], arguments.steps)
-            elif torch.cuda.device_count() >= way.processes:
-                found[name] = shared(name, init, arguments.steps)
+                note(name, outcome(way, init, SEEDS[0], arguments.steps))
+        if torch.cuda.device_count() > 1:
+            names = [name for name, way in WAYS.items() if way.processes > 1]
+            for name, result in shared(names, init, arguments.steps):
+                note(name, result)
         control = "packed, fp32 copies (another recipe)"
-        found[control] = outcome(CONTROL, init, SEEDS[0], arguments.steps)
+        note(control, outcome(CONTROL, init, SEEDS[0], arguments.steps))
     print_table(found, control)
     if arguments.out:
         arguments.out.write_text(json.dumps({"card": card(), **found}, indent=1) + "\n")

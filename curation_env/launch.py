@@ -34,7 +34,7 @@ def main() -> None:
         try:
             result = _run(request, folder / "progress.jsonl" if rank == 0 else None)
         except Exception as error:
-            _leave_error(folder, rank, error)
+            _leave_error(folder, rank, request["stage"], error)
         else:
             if rank == 0:
                 write(folder / "result.json", result)
@@ -74,14 +74,14 @@ def _run(request: dict[str, Any], progress: Path | None) -> dict[str, Any]:
     return run_stage(request["stage"], payload, on_progress)
 
 
-def _leave_error(folder: Path, rank: int, error: Exception) -> None:
+def _leave_error(folder: Path, rank: int, stage: str, error: Exception) -> None:
     """Say what went wrong and end at once: what is left of the group's connections would be waited for."""
     import torch
 
     from curation_env.errors import WorkerDied
     from curation_env.worker import as_curation_error
 
-    cause = as_curation_error(error)
+    cause = as_curation_error(error, stage)
     if isinstance(error, torch.distributed.DistError) or "losed by peer" in str(error) or "reset by peer" in str(error):
         cause = WorkerDied(f"another process of the group is gone: {error}", details=cause.details)
     answer = {"code": cause.code, "message": str(cause), "details": cause.details, "time": time.time()}

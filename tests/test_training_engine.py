@@ -16,7 +16,7 @@ import pytest
 import torch
 from families_support import make_qwen
 from safetensors.torch import load_file
-from training_support import make_init, make_pool, make_rows
+from training_support import make_init, make_pool, rows_of_every_kind
 
 from curation_env.pool import Pool
 from curation_env.training.data import Encoder, read_rows
@@ -27,20 +27,6 @@ from curation_env.training.vlm import train, windows
 WORLD = 4
 # Replicas and ZeRO's stages, in fp32 and in bf16, and with a student whose tower trains.
 SHARED = ("all 0", "half all 0", "qwen all 0", "1", "2", "3", "half 1", "half 2", "half 3", "qwen 2", "qwen 3")
-
-
-def rows_of_every_kind(init: Path, recipe: Recipe) -> list[dict[str, Any]]:
-    """Rows with and without an image, cut ones, and one that the cut leaves a single target; not a multiple of four."""
-    rows = make_rows(35, text_only_every=2)
-    rows[1]["conversation"] = [{"user": "colour ?", "assistant": "the blue " * 40}]
-    rows[2]["conversation"] = [{"user": "is it red ?", "assistant": "the blue " * 40}]
-    encoder, asked = Encoder.load(init, recipe), "please "
-    while True:
-        rows[4]["conversation"] = [{"user": asked, "assistant": "yes no"}]
-        (row,) = encoder.encode_rows([{"id": "r", **rows[4]}])
-        if row.n_supervised == 1:
-            return rows
-        asked += "please "
 
 
 @pytest.fixture(scope="module")

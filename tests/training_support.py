@@ -114,6 +114,22 @@ def make_rows(n: int, *, text_only_every: int = 5, length: int = 3, seed: int = 
     return rows
 
 
+def rows_of_every_kind(init: Path, recipe: Any) -> list[dict[str, Any]]:
+    """Rows with and without an image, cut ones, and one that the cut leaves a single target; not a multiple of four."""
+    from curation_env.training.data import Encoder
+
+    rows = make_rows(35, text_only_every=2)
+    rows[1]["conversation"] = [{"user": "colour ?", "assistant": "the blue " * 40}]
+    rows[2]["conversation"] = [{"user": "is it red ?", "assistant": "the blue " * 40}]
+    encoder, asked = Encoder.load(init, recipe), "please "
+    while True:
+        rows[4]["conversation"] = [{"user": asked, "assistant": "yes no"}]
+        (row,) = encoder.encode_rows([{"id": "r", **rows[4]}])
+        if row.n_supervised == 1:
+            return rows
+        asked += "please "
+
+
 def make_pool(folder: Path, rows: list[dict[str, Any]], key: str = "toy") -> Path:
     from curation_env.pool import write_pool
 

@@ -328,9 +328,9 @@ def test_the_doctor_says_which_way_a_real_task_trains(tmp_path: Path) -> None:
 
 #: As PyTorch words it.
 SAID = (
-    "CUDA out of memory. Tried to allocate 3.73 GiB. GPU 0 has a total capacity of 22.06 GiB of which 1.20 GiB is free. "
-    "Process 7 has 20.86 GiB memory in use. Of the allocated memory 20.10 GiB is allocated by PyTorch, and 96.00 MiB is "
-    "reserved by PyTorch but unallocated."
+    "CUDA out of memory. Tried to allocate 3.73 GiB. GPU 0 has a total capacity of 22.06 GiB of which 1.20 GiB is "
+    "free. Process 7 has 20.86 GiB memory in use. Of the allocated memory 20.10 GiB is allocated by PyTorch, and "
+    "96.00 MiB is reserved by PyTorch but unallocated."
 )
 FAILING_WORKER = """
 import torch

@@ -33,7 +33,7 @@ from curation_env.training import plan as plans
 from curation_env.training.data import Row
 from curation_env.training.families.base import Layout
 from curation_env.training.families.qwen_vl import QwenImages
-from curation_env.training.memory import DTYPES, Load, config_of
+from curation_env.training.memory import DTYPES, Footprint, Load, config_of, skeleton
 from curation_env.training.model import Student
 from curation_env.training.recipe import Recipe
 
@@ -50,6 +50,15 @@ def computed(name: str, size: str) -> str:
         return plans.of_worst(card, Recipe.load(f"{name}-v1"), plans.machine_of(size)).describe()
     except OutOfMemory as error:
         return f"not at all: {error}"
+
+
+def peak_of_speed_run() -> float:
+    """GiB of the run of `train_gpu.py` that docs/performance.md has the peak of, by its largest micro-batch."""
+    card = card_of("llava-1.5-7b")
+    assert card is not None
+    footprint = Footprint.of(skeleton(config_of(card)), Recipe.load("llava-1.5-7b-v1"))
+    peak = footprint.weights + 3 * footprint.trained + footprint.activations(Load(3495, 4 * 576, 534))
+    return peak / plans.GIB
 
 
 def random_model(card: Card, recipe: Recipe, device: torch.device) -> Any:
@@ -150,6 +159,7 @@ def main() -> None:
         for name in arguments.students:
             table.add_row(name, *(computed(name, size) for size in arguments.cards))
         console.print(table)
+        console.print(f"the run of train_gpu.py --steps 10, computed: {peak_of_speed_run():.1f} GiB")
         return
     device = torch.device("cuda", 0)
     results: dict[str, Any] = {"card": torch.cuda.get_device_name(device)}

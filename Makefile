@@ -9,20 +9,20 @@ export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test test-all lint types venv test-venv engine docker clean
+.PHONY: help demo test test-all lint types venv test-venv engine docker pdsh clean
 help:
 	@echo "make demo      set up, then a search agent curates the miniature for five iterations"
-	@echo "make test      set up what tests need besides (Docker, debootstrap), then run the tests"
+	@echo "make test      set up what tests need besides (Docker, debootstrap, pdsh), then run the tests"
 	@echo "make test-all  the same with the slow, exhaustive tier"
 	@echo "make lint      ruff and mypy"
 
 demo: venv engine
 	$(BIN)/python experiments/run.py experiment=demo
 
-test: test-venv engine docker lint
+test: test-venv engine docker pdsh lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
-test-all: test-venv engine docker lint
+test-all: test-venv engine docker pdsh lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: test-venv
@@ -56,6 +56,10 @@ engine: venv
 docker: venv
 	PYTHON=$(BIN)/python sh .ci/docker.sh
 	@command -v bwrap >/dev/null || sh .ci/packages.sh bubblewrap
+
+# What starts processes on the machines of a hostfile.
+pdsh:
+	@command -v pdsh >/dev/null || sh .ci/packages.sh pdsh
 
 clean:
 	rm -rf $(VENV) build *.egg-info runs

@@ -194,8 +194,17 @@ def _on_hosts(hostfile: str, folder: Path) -> CurationError | None:
         free.bind(("", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", hostfile, "--master_port", str(port)]
-    code = subprocess.run([*command, "--module", MODULE, str(folder)], stdin=subprocess.DEVNULL).returncode
-    return WorkerDied(f"DeepSpeed's launcher ended with exit code {code}") if code else None
+    said = folder / "launcher.log"
+    with said.open("wb") as log:
+        code = subprocess.run(
+            [*command, "--module", MODULE, str(folder)], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        ).returncode
+    text = said.read_text(errors="replace").strip()
+    sys.stderr.write(f"{text}\n")
+    if not code:
+        return None
+    last = text.splitlines()[-1] if text else "it said nothing"
+    return WorkerDied(f"DeepSpeed's launcher ended with exit code {code}: {last}")
 
 
 @contextlib.contextmanager

@@ -15,9 +15,10 @@ from training_support import make_init, make_pool, make_rows
 from curation_env.actions import policy
 from curation_env.errors import InvalidSetting, NonFiniteLoss, StageTimeout, WorkerDied
 from curation_env.executor import LocalExecutor, Resources, Stage
-from curation_env.group import Group
+from curation_env.group import Group, run_group
 from curation_env.pool import Pool
 from curation_env.training.recipe import Recipe
+from curation_env.training.vlm import train
 
 PAIR = list(Group(processes=2))
 
@@ -110,6 +111,41 @@ def test_errors_and_time_outs_of_a_group_are_those_of_a_worker_and_leave_nothing
     assert len(started) == 2
     assert all(gone(pid) for pid in started)
     assert not (tmp_path / "checkpoint").exists()
+
+
+#: In place of ssh: the other machines are this one.
+SSH = """#!/bin/sh
+while [ "${1#-}" != "$1" ]; do
+  case "$1" in -o|-p|-i) shift 2 ;; *) shift ;; esac
+done
+shift
+exec sh -c "$*"
+"""
+
+
+def test_the_machines_of_a_hostfile_train_as_one_process(
+    assets: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed's launcher and pdsh start a process on each of two machines, which find each other."""
+    programs, hosts = tmp_path / "bin", tmp_path / "hosts"
+    programs.mkdir()
+    (programs / "ssh").write_text(SSH)
+    (programs / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    hosts.write_text("localhost slots=1\n127.0.0.1 slots=1\n")
+    payload = dict(stage(assets, tmp_path / "together").payload)
+    del payload["group"]
+    events: list[dict[str, Any]] = []
+    group = Group.checked(1, hosts, 0)
+    together = run_group(group, "train", payload, events.append)
+    recipe = Recipe.model_validate(payload["recipe"])
+    alone = train(**{**payload, "recipe": recipe, "out": tmp_path / "alone"})
+    assert together["final_loss"] == pytest.approx(alone["final_loss"], rel=1e-5)
+    assert Path(together["checkpoint"], "model.safetensors").is_file()
+    assert {event["stage"] for event in events} >= {"images", "train"}
+    (programs / "ssh").write_text("#!/bin/sh\nexit 255\n")
+    with pytest.raises(WorkerDied, match="not reachable via ssh"):
+        run_group(group, "train", payload, events.append)
 
 
 def test_settings_are_checked_where_they_are_given(nano: Callable[..., Any], tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent))
-from random_llava import IMAGE_TOKEN, llava
+from random_student import IMAGE_TOKEN, LLAVA, random_student
 
 from curation_env.evaluation.generate import Prompt, batch_limits, generate
 from curation_env.training.model import Student
@@ -62,7 +62,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     arguments = parser.parse_args()
     device = torch.device("cuda")
-    student = Student.of(llava(device, arguments.layers), Recipe.load("llava-1.5-7b-v1"), device, "sdpa")
+    student = Student.of(
+        random_student(LLAVA, device, arguments.layers), Recipe.load("llava-1.5-7b-v1"), device, "sdpa"
+    )
     rows, tokens = batch_limits(student)
     table = Table("new tokens", "questions/s", "tower s", "all s", "peak GiB", title=torch.cuda.get_device_name())
     for new_tokens in (16, 128):

@@ -88,6 +88,8 @@ def pace(told: Told, stage: str) -> float:
     """Seconds a row (or question) of a stage, from its first report to its last."""
     at, reports = zip(*((moment, event) for moment, event in told if event["stage"] == stage), strict=True)
     done = [event.get("rows", event["done"]) for event in reports]
+    if done[-1] == done[0]:
+        raise SystemExit(f"{stage} was over with its first report, so it has no pace: take more rows and questions")
     return (at[-1] - at[0]) / (done[-1] - done[0])
 
 

@@ -16,6 +16,7 @@ import argparse
 import gc
 import json
 import os
+import sys
 import time
 import traceback
 from pathlib import Path
@@ -26,14 +27,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).parent))
+from random_student import random_student
+
 from curation_env.errors import OutOfMemory
-from curation_env.students import Card, card_of, student_names
+from curation_env.students import card_of, student_names
 from curation_env.training import engine as engines
 from curation_env.training import plan as plans
 from curation_env.training.data import Row
 from curation_env.training.families.base import Layout
 from curation_env.training.families.qwen_vl import QwenImages
-from curation_env.training.memory import DTYPES, Footprint, Load, config_of, skeleton
+from curation_env.training.memory import Footprint, Load, config_of, skeleton
 from curation_env.training.model import Student
 from curation_env.training.recipe import Recipe
 
@@ -59,18 +63,6 @@ def peak_of_speed_run() -> float:
     footprint = Footprint.of(skeleton(config_of(card)), Recipe.load("llava-1.5-7b-v1"))
     peak = footprint.weights + 3 * footprint.trained + footprint.activations(Load(3495, 4 * 576, 534))
     return peak / plans.GIB
-
-
-def random_model(card: Card, recipe: Recipe, device: torch.device) -> Any:
-    """A student's architecture with random weights, made where it will be used."""
-    from transformers import AutoModelForImageTextToText
-
-    torch.set_default_dtype(DTYPES[recipe.precision])
-    try:
-        with device:
-            return AutoModelForImageTextToText.from_config(config_of(card), attn_implementation="sdpa")
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 def make_rows(student: Student, windows: list[list[Load]]) -> list[Row]:
@@ -115,7 +107,7 @@ def measure(name: str, size: str, device: torch.device) -> dict[str, Any]:
     plans.limit_gpu(plans.machine_of(size).free / plans.GIB)
     found = plans.of_worst(card, recipe, plans.read_machine(device))
     started = time.perf_counter()
-    student = Student.of(random_model(card, recipe, device), recipe, device, "packed")
+    student = Student.of(random_student(name, device), recipe, device, "packed")
     windows = plans.worst_windows(card, recipe)
     rows = make_rows(student, windows)
     shown = {row.image for row in rows if row.image is not None}

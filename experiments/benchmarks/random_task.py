@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import yaml
 from PIL import Image
-from random_llava import IMAGE_TOKEN, VOCABULARY, llava
+from random_student import IMAGE_TOKEN, LLAVA, VOCABULARY, random_student
 
 SPECIAL = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
 WORDS = [f"w{k}" for k in range(IMAGE_TOKEN - 40)]
@@ -73,7 +73,7 @@ def make_init(folder: Path, device: torch.device, layers: int) -> None:
         folder
     )
     CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}).save_pretrained(folder)
-    llava(device, layers).save_pretrained(folder)
+    random_student(LLAVA, device, layers).save_pretrained(folder)
 
 
 def picture(seed: int, width: int = 640, height: int = 480) -> bytes:

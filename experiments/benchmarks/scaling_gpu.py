@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent))
-from random_llava import llava
+from random_student import LLAVA, random_student
 from train_gpu import make_rows
 
 from curation_env.training import engine as engines
@@ -42,7 +42,7 @@ def work(zero: int, warm: int, steps: int, layers: int, out: Path) -> None:
         engines.join(device)
     recipe = Recipe.load("llava-1.5-7b-v1")
     torch.manual_seed(0)
-    student = Student.of(llava(device, layers), recipe, device, "packed")
+    student = Student.of(random_student(LLAVA, device, layers), recipe, device, "packed")
     rows = make_rows(recipe.examples_per_step * (warm + steps))
     # Features as the tower makes them; what it takes is in train_gpu.py's figures.
     one = torch.randn(576, student.parts.values_per_token, device=device, dtype=torch.bfloat16)

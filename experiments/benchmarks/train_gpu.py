@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent))
-from random_llava import IMAGE_TOKEN, llava, matrix_rate
+from random_student import IMAGE_TOKEN, LLAVA, matrix_rate, random_student
 
 from curation_env.training.data import Encoder, Row, image_key
 from curation_env.training.engine import SingleProcess
@@ -148,7 +148,7 @@ def main() -> None:
     rate = matrix_rate(device)
     found = {}
     for name in ["ours", "published"][: 1 + bool(arguments.published)]:
-        model = llava(device, arguments.layers)
+        model = random_student(LLAVA, device, arguments.layers)
         text = model.model.language_model
         parameters = sum(p.numel() for p in text.layers.parameters()) + model.lm_head.weight.numel()
         if name == "ours":

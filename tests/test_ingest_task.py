@@ -11,7 +11,7 @@ import pytest
 from families_support import make_qwen
 from ingest_support import make_source, put, record, write_records
 
-from curation_env.assets import prepared
+from curation_env.assets import locate, prepared
 from curation_env.errors import MissingAssets
 from curation_env.executor import LocalExecutor
 from curation_env.judge import Judge
@@ -157,10 +157,24 @@ def test_a_task_file_of_one_s_own(tmp_path):
     assert "leave --source out" in run("prepare", "nano", "--source", tmp_path, expect=2)
 
 
-def _conf(name: str):
+def test_a_suite_file_of_one_s_own_has_a_folder_of_its_name(tmp_path):
+    own = tmp_path / "fewer.yaml"
+    own.write_text(_conf("vlm5-v1", "suite").read_text().replace("name: vlm5-v1", "name: fewer"))
+    llava = Task.load("llava")
+    task = Task.model_validate({**llava.model_dump(), "suite": str(own)})
+    assert task.suite_config["name"] == "fewer"
+    assert set(task.suite_config["benchmarks"]) < set(llava.suite_config["benchmarks"])
+    assert locate(task, tmp_path).suite == tmp_path / "suites" / "fewer"
+    assert task.hash != llava.hash
+    own.unlink()
+    with pytest.raises(TaskFileError, match="no suite file"):
+        _ = task.suite_config
+
+
+def _conf(name: str, group: str = "task"):
     from curation_env.task import conf_dir
 
-    return conf_dir() / "task" / f"{name}.yaml"
+    return conf_dir() / group / f"{name}.yaml"
 
 
 def _own(folder):

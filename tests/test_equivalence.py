@@ -21,6 +21,7 @@ from training_support import make_init, rows_of_every_kind
 
 from curation_env.training.data import Encoder, Row
 from curation_env.training.engine import SingleProcess, Update
+from curation_env.training.images import image_features
 from curation_env.training.model import Student
 from curation_env.training.recipe import Recipe
 
@@ -47,7 +48,7 @@ class Material(NamedTuple):
         return kind.of(self.plain(), self.recipe, CPU, "packed")
 
     def features(self, student: Student) -> dict[bytes, torch.Tensor]:
-        return student.image_features(self.encoder, {r.image: r.image_bytes for r in self.rows if r.image is not None})
+        return image_features(student, self.encoder, {r.image: r.image_bytes for r in self.rows if r.image is not None})
 
 
 @pytest.fixture(scope="module")

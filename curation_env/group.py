@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 
 from curation_env.errors import CurationError, InvalidSetting, OutOfMemory, StageFailed, WorkerDied, by_code
 from curation_env.launch import write
+from curation_env.worker import OUT_OF_MEMORY_EXIT
 
 Progress = Callable[[dict[str, Any]], None]
 MODULE = "curation_env.launch"
-OUT_OF_MEMORY_EXIT = 77  # see `worker.exit_when_a_thread_has_no_memory`
 RELAY_SECONDS = 0.1
 #: What a process elsewhere needs of the worker's environment.
 ENVIRONMENT = (
@@ -80,6 +80,9 @@ class Group(NamedTuple):
     def shared(self) -> bool:
         """Whether stages run in processes of their own."""
         return self.processes > 1 or self.hostfile is not None
+
+
+ALONE = Group()
 
 
 def slots(hostfile: Path) -> int:

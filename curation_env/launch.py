@@ -55,7 +55,7 @@ def _run(request: dict[str, Any], progress: Path | None) -> dict[str, Any]:
     import torch
 
     from curation_env.training.plan import limit_gpu
-    from curation_env.worker import exit_when_a_thread_has_no_memory, run_stage
+    from curation_env.worker import exit_when_a_thread_has_no_memory, run_stage, throttled
 
     exit_when_a_thread_has_no_memory()
     limit_gpu(request["gpu_memory_gib"])
@@ -64,16 +64,13 @@ def _run(request: dict[str, Any], progress: Path | None) -> dict[str, Any]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     else:
         torch.set_num_threads(1)
-    sent = 0.0
 
-    def on_progress(event: dict[str, Any]) -> None:
-        nonlocal sent
-        if progress is not None and (event["done"] == event["total"] or time.monotonic() - sent > 0.1):
-            sent = time.monotonic()
+    def tell(event: dict[str, Any]) -> None:
+        if progress is not None:
             with open(progress, "a") as lines:
                 lines.write(json.dumps(event) + "\n")
 
-    return run_stage(request["stage"], payload, on_progress)
+    return run_stage(request["stage"], payload, throttled(tell))
 
 
 def _leave_error(folder: Path, rank: int, stage: str, error: Exception) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 from curation_env.assets import Assets
 from curation_env.cache import Cache
 from curation_env.errors import CurationError, RejectedSubmission, StageFailed
-from curation_env.group import Group
+from curation_env.group import ALONE, Group
 from curation_env.pool import Pool, canonical_json
 from curation_env.scratch import Scratch
 from curation_env.students import card_of, identity, student_hash
@@ -139,7 +139,7 @@ class Pipeline:
         data_root: Path,
         device: str = "auto",
         gpu_memory_gib: float | None = None,
-        group: Group = Group(),  # noqa: B008  # immutable
+        group: Group = ALONE,
         cache: bool = True,
         limits: Mapping[str, Resources] | None = None,
     ) -> None:
@@ -148,7 +148,6 @@ class Pipeline:
         self.executor = executor
         self.judge = judge
         self.device = device
-        self.gpu_memory_gib = gpu_memory_gib
         self.group = group._replace(gpu_memory_gib=gpu_memory_gib)
         self.data_root = data_root
         self._results = Cache(data_root / "results") if cache else None
@@ -423,7 +422,7 @@ class Pipeline:
 
         bounded = stage != "device" and self.device_class.startswith("cpu")
         seconds = STAGE_SECONDS + SECONDS_PER_ROW[stage] * rows
-        return Resources(seconds, MEMORY_MB if bounded else None, self.gpu_memory_gib)
+        return Resources(seconds, MEMORY_MB if bounded else None, self.group.gpu_memory_gib)
 
     def _cached_or(self, digest: str, seed: int, make: Callable[[Path], None]) -> _Result:
         """The result of one (submission, seed), from the cache or by running `make(folder)`."""

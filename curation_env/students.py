@@ -224,8 +224,7 @@ def _hash_of_files(folder: Path) -> str:
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             hasher.update(path.relative_to(folder).as_posix().encode() + b"\0")
-            with path.open("rb") as file:  # weights of a large student are more than belongs into memory
-                hasher.update(hashlib.file_digest(file, "sha256").digest())
+            hasher.update(bytes.fromhex(file_hash(path)))
     return hasher.hexdigest()
 
 

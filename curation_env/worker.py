@@ -133,6 +133,19 @@ def run_stage(name: str, payload: dict[str, Any], on_progress: Progress) -> dict
     raise StageFailed(f"there is no stage {name!r}")
 
 
+def throttled(tell: Progress) -> Progress:
+    """Tell how far a stage is ten times a second at most, and always that it is over."""
+    sent = 0.0
+
+    def on_progress(event: dict[str, Any]) -> None:
+        nonlocal sent
+        if event["done"] == event["total"] or time.monotonic() - sent > 0.1:
+            sent = time.monotonic()
+            tell(event)
+
+    return on_progress
+
+
 def place_of(device: str) -> dict[str, str]:
     """What a stage on `device` ("cpu", "cuda" or "auto") computes on: `type`, and `name`, the model of a GPU."""
     import torch
@@ -244,14 +257,7 @@ def main() -> None:
 
     write_message(answers, {"ready": os.getpid()})
     while (request := read_message(requests)) is not None:
-        sent = 0.0
-
-        def on_progress(event: dict[str, Any]) -> None:
-            nonlocal sent
-            if event["done"] == event["total"] or time.monotonic() - sent > 0.1:
-                sent = time.monotonic()
-                write_message(answers, {"progress": event})
-
+        on_progress = throttled(lambda event: write_message(answers, {"progress": event}))
         try:
             limit_gpu(request.get("gpu_memory_gib"))
             with memory_limit(request.get("memory_mb")):

@@ -59,14 +59,12 @@ def generate(
     ends = [end_token, *stop_tokens]
     answers: list[list[int]] = [[] for _ in prompts]
     cut = list(batches(prompts, *batch_limits(student), LENGTH_STEP if student.any_length else 1))
-    if student.any_length:
-        decode = static.Decoder(student, [[prompts[k] for k in batch] for batch in cut]).decode
-    else:
-        decode = functools.partial(_decode, student)
+    parts = [[prompts[k] for k in batch] for batch in cut]
+    decode = static.Decoder(student, parts).decode if student.any_length else functools.partial(_decode, student)
     done = 0
-    for batch in cut:
+    for batch, part in zip(cut, parts, strict=True):
         with torch.inference_mode():
-            for index, tokens in zip(batch, decode([prompts[k] for k in batch], features, ends), strict=True):
+            for index, tokens in zip(batch, decode(part, features, ends), strict=True):
                 answers[index] = tokens
         done += len(batch)
         if on_progress:

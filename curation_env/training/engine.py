@@ -9,11 +9,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from curation_env.training.data import Row, even_micro_batches
+from curation_env.training.data import Row
 from curation_env.training.model import Features, Student
 from curation_env.training.plan import Plan
 from curation_env.training.recipe import Recipe
-from curation_env.training.share import MicroBatch, even_shares, share
+from curation_env.training.share import MicroBatch, even_shares, packed, share
 
 REDUCE_BUCKET = 200_000_000  # parameters whose gradients are exchanged at a time
 
@@ -113,10 +113,8 @@ class SingleProcess:
         return total
 
     def _micro_batches(self, window: Sequence[int]) -> Iterable[list[Row]]:
-        """Rows of each forward pass; those of one go by length, so that they pack tightly."""
-        lengths = [len(self.rows[k].tokens) for k in window]
-        cut = even_micro_batches(lengths, self.recipe.tokens_per_micro_batch)
-        return [[self.rows[window[k]] for k in batch] for batch in cut]
+        """Rows of each forward pass."""
+        return packed(self.rows, window, self.recipe)
 
     def whole(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -143,7 +141,7 @@ class Replicas(SingleProcess):
             parameter.register_post_accumulate_grad_hook(self._collect)
 
     def _micro_batches(self, window: Sequence[int]) -> Iterator[list[Row]]:
-        own = even_shares([len(self.rows[k].tokens) for k in window], self.world, window)[self.rank]
+        own = even_shares(self.rows, window, self.world)[self.rank]
         batches = list(super()._micro_batches(own))
         for k, batch in enumerate(batches):
             self._last = k == len(batches) - 1

@@ -30,9 +30,7 @@ def share(rows: Sequence[Row], window: Sequence[int], recipe: Recipe, rank: int,
 
     Within one, rows go by length, so that they pack tightly.
     """
-    of_ranks = [
-        _packed(rows, part, recipe) for part in even_shares([len(rows[k].tokens) for k in window], world, window)
-    ]
+    of_ranks = [packed(rows, part, recipe) for part in even_shares(rows, window, world)]
     by_length = sorted((rows[k] for k in window), key=lambda row: len(row.tokens))
     batches = []
     for k in range(max(len(own) for own in of_ranks)):
@@ -47,22 +45,20 @@ def share(rows: Sequence[Row], window: Sequence[int], recipe: Recipe, rank: int,
     return batches
 
 
-def even_shares(lengths: Sequence[int], n: int, names: Sequence[int]) -> list[list[int]]:
-    """Deal out rows to `n` shares of about equally many tokens: a step takes as long as its longest share.
-
-    Args:
-        lengths: Tokens of each row.
-        names: What stands for each row in the shares.
+def even_shares(rows: Sequence[Row], window: Sequence[int], n: int) -> list[list[int]]:
+    """Deal the rows `window` (indices) out to `n` shares of about equally many tokens: a step takes as long as its
+    longest share.
     """
     shares: list[list[int]] = [[] for _ in range(n)]
     used = [0] * n
-    for k in sorted(range(len(lengths)), key=lambda k: (-lengths[k], k)):
+    for k in sorted(window, key=lambda k: -len(rows[k].tokens)):
         least = min(range(n), key=used.__getitem__)
-        shares[least].append(names[k])
-        used[least] += lengths[k]
+        shares[least].append(k)
+        used[least] += len(rows[k].tokens)
     return shares
 
 
-def _packed(rows: Sequence[Row], window: Sequence[int], recipe: Recipe) -> list[list[Row]]:
+def packed(rows: Sequence[Row], window: Sequence[int], recipe: Recipe) -> list[list[Row]]:
+    """The micro-batches of one process; within one, rows go by length, so that they pack tightly."""
     lengths = [len(rows[k].tokens) for k in window]
     return [[rows[window[k]] for k in batch] for batch in even_micro_batches(lengths, recipe.tokens_per_micro_batch)]

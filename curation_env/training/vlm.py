@@ -97,8 +97,7 @@ def train(
         engines.join(place)
     if place.type == "cuda":
         machine = plans.Machine(*engines.least(plans.read_machine(place), place))
-        lengths = [len(row.tokens) for row in rows]
-        parts = [part for w in steps for part in even_shares([lengths[k] for k in w], world, w)]
+        parts = [part for window in steps for part in even_shares(rows, window, world)]
         plan = plans.of_run(init, recipe, rows, parts, machine, plans.Shares(world, zero_stage))
         recipe = plan.applied(recipe)
 

@@ -9,7 +9,7 @@ bf16 weight. Compared is therefore the outcome: the share of weights that change
 must lie within three standard deviations of what the order of the rows alone does, by the published way. Weights with
 copies in fp32 behind them, which is another recipe, must not: a comparison that they pass would see nothing.
 
-The model is LLaVA's architecture at 94 million parameters. Prints a table; ends with 1 where something lies outside.
+The model is LLaVA's architecture at 96 million parameters. Prints a table; ends with 1 where something lies outside.
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 from curation_env.launch import write
+from curation_env.students import card_of
 from curation_env.training import engine as engines
 from curation_env.training.data import Row
 from curation_env.training.images import KeptFeatures
+from curation_env.training.memory import config_of
 from curation_env.training.model import Student, resolve_device
 from curation_env.training.recipe import Recipe
 from curation_env.training.vlm import windows
@@ -80,40 +82,20 @@ CONTROL = Way(masters=True)
 
 
 def make_model(device: torch.device) -> Any:
-    """LLaVA's architecture, small, with random weights in bf16."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    """LLaVA-1.5's architecture, small, with random weights in bf16."""
+    from transformers import AutoModelForImageTextToText
 
-    vision = CLIPVisionConfig(
-        hidden_size=VISION_WIDTH,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=112,
-        patch_size=14,
-        projection_dim=64,
-    )
-    text = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=IMAGE_TOKEN,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        tie_word_embeddings=False,
-    )
-    config._attn_implementation = "sdpa"
+    card = card_of("llava-1.5-7b")
+    assert card is not None
+    config = config_of(card)
+    config.image_token_index = IMAGE_TOKEN
+    small = {"vocab_size": VOCABULARY, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6}
+    config.text_config.update({**small, "num_attention_heads": 8, "num_key_value_heads": 8})
+    few = {"hidden_size": VISION_WIDTH, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config.vision_config.update({**few, "image_size": 112})
     torch.manual_seed(0)
     with device:
-        return LlavaForConditionalGeneration(config).to(torch.bfloat16)
+        return AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa").to(torch.bfloat16)
 
 
 def make_rows(n: int) -> list[Row]:

@@ -240,7 +240,7 @@ def test_doctor_and_reset_list_everything_that_the_eight_real_tasks_lack(
         card = card_of(task.student)
         assert card is not None
         public = [card.public] if card.public else list(card.parts.values())
-        public += Catalog.load(task.pool.kind).public.values()  # type: ignore[arg-type]
+        public += Catalog.load(task.pool.kind).public.values()
         public += [f"{one['url']}, md5 {one['md5']}" for one in task.suite_config["benchmarks"].values()]
         public += [f"prepare {entry.task} --{option} DIR" for option in ("source", "suite", "student")]
         public += [str(tmp_path / folder) for folder in ("pools", "suites", "views", "students")]
